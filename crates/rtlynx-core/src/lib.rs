@@ -1,0 +1,30 @@
+//! What rtlynx does between a checked tensor and a running kernel. Knows nothing of Python.
+//!
+//! Top to bottom, each module using only those below it:
+//!
+//! | module | role |
+//! | --- | --- |
+//! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernel` |
+//! | [`kernels`] | the embedded device code and a lazy cache of loaded functions |
+//! | [`device`] | the driver: present or not, its version, its devices, the primary context |
+//! | [`dispatch`] | pure: (architecture, problem) → kernel and launch geometry |
+//! | [`config`] | the kernels there are, as data: names, tiles, resources |
+//! | [`params`] | the struct each kernel takes, twin of `cuda/include/rtlynx/params.cuh` |
+//! | [`problem`] | which problems are valid |
+//! | [`format`](mod@format) | constants and sizes of the compressed format, twin of `cuda/include/rtlynx/format.cuh` |
+//! | [`error`] | everything that can go wrong |
+
+pub mod config;
+pub mod device;
+pub mod dispatch;
+pub mod error;
+pub mod format;
+pub mod kernels;
+pub mod launch;
+pub mod params;
+pub mod problem;
+
+#[cfg(test)]
+mod header;
+
+pub use error::{Error, Result};

@@ -1,0 +1,104 @@
+//! The struct each kernel takes by value. Twins of `cuda/include/rtlynx/params.cuh`; a test compares them field by field.
+
+/// An address in device memory; 0 is the null pointer.
+pub type Address = u64;
+
+/// What the `sparsify_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SparsifyParams {
+    /// `[m, k]`, rows `ldx` elements apart
+    pub x: Address,
+    /// `[k]` f32 factor on the magnitudes that selection compares, or null
+    pub score: Address,
+    /// `[k]` f32 subtracted from x first, or null
+    pub shift: Address,
+    /// `[rank, k]`, or null when rank is 0
+    pub comp_down: Address,
+    /// `[m, k / 2]` out
+    pub values: Address,
+    /// metadata words out
+    pub metadata: Address,
+    /// `[m]` f32 out, or null: no norm compensation
+    pub row_scale: Address,
+    /// `[m, rank]` out, or null when rank is 0
+    pub branch: Address,
+    /// elements between rows of x
+    pub ldx: i64,
+    /// tokens
+    pub m: i32,
+    /// channels
+    pub k: i32,
+    /// at most the kernel's rank capacity
+    pub rank: i32,
+    /// 1: the branch reads what selection dropped, 0: the whole of x
+    pub branch_of_dropped: i32,
+    /// of the row scale
+    pub eps: f32,
+}
+
+/// What the `spmm_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SpmmParams {
+    /// `[m, k / 2]`
+    pub values: Address,
+    /// metadata words
+    pub metadata: Address,
+    /// `[n, k]`
+    pub weight: Address,
+    /// `[m]` f32, or null
+    pub row_scale: Address,
+    /// `[m, rank]`, or null when rank is 0
+    pub branch: Address,
+    /// `[n, rank]`, or null when rank is 0
+    pub comp_up: Address,
+    /// `[n]`, or null
+    pub bias: Address,
+    /// `[m, n]` out
+    pub out: Address,
+    /// tokens
+    pub m: i32,
+    /// output channels
+    pub n: i32,
+    /// input channels
+    pub k: i32,
+    /// branch rank
+    pub rank: i32,
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::header::fields;
+
+    const HEADER: &str = include_str!("../../../cuda/include/rtlynx/params.cuh");
+    const SOURCE: &str = include_str!("params.rs");
+
+    /// `(type, name)` of the fields of `pub struct NAME` in this file, in order.
+    fn rust_fields(name: &str) -> Vec<(&'static str, &'static str)> {
+        let (_, rest) = SOURCE.split_once(&format!("#[repr(C)]\n#[derive(Clone, Copy, Debug)]\npub struct {name} {{")).unwrap();
+        let (body, _) = rest.split_once("\n}").unwrap();
+        let lines = body.lines().filter_map(|line| line.trim().strip_prefix("pub ")?.strip_suffix(','));
+        lines.map(|line| line.split_once(": ").map(|(name, kind)| (kind, name)).unwrap()).collect()
+    }
+
+    /// The Rust twin of a C type.
+    fn twin(c: &str) -> &'static str {
+        match c {
+            pointer if pointer.ends_with('*') => "Address",
+            "int64_t" => "i64",
+            "int32_t" => "i32",
+            "float" => "f32",
+            other => panic!("no twin for the C type `{other}`"),
+        }
+    }
+
+    #[test]
+    fn structs_are_those_of_the_cuda_header() {
+        for name in ["SparsifyParams", "SpmmParams"] {
+            let expected: Vec<_> = fields(HEADER, name).into_iter().map(|(kind, field)| (twin(kind), field)).collect();
+            assert!(expected.len() > 8, "{name}: {expected:?}");
+            assert_eq!(rust_fields(name), expected, "{name}");
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Which problems are valid. Every number and pointer that reaches a kernel is checked here, once.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+use crate::format::{K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE};
+
+/// Name of the selection operation in errors.
+pub const SPARSIFY: &str = "sparsify";
+/// Name of the GEMM operation in errors.
+pub const SPARSE_LINEAR: &str = "sparse_linear";
+
+/// Bytes that kernels load and store at a time: what every tensor's first element must be aligned to.
+const VECTOR_BYTES: u64 = 16;
+/// Elements of a 16-bit type in one vector.
+const VECTOR_ELEMENTS: i64 = 8;
+
+/// Element type of activations, weights and bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+}
+
+impl Dtype {
+    /// Every element type the kernels serve.
+    pub const ALL: [Self; 2] = [Self::Bf16, Self::F16];
+
+    /// Reads torch's name of the type; `op` names the operation in the error.
+    pub fn parse(op: &'static str, name: &str) -> Result<Self> {
+        name.parse().map_err(|()| Error::invalid(op, "dtype", name, "bfloat16 or float16"))
+    }
+}
+
+impl FromStr for Dtype {
+    type Err = ();
+
+    fn from_str(name: &str) -> std::result::Result<Self, ()> {
+        match name {
+            "bfloat16" => Ok(Self::Bf16),
+            "float16" => Ok(Self::F16),
+            _ => Err(()),
+        }
+    }
+}
+
+/// As it stands in kernel names.
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+/// Select, compress, measure and project one activation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SparsifyProblem {
+    /// Element type of the activation.
+    pub dtype: Dtype,
+    /// Rows (tokens).
+    pub m: i64,
+    /// Columns (input channels).
+    pub k: i64,
+    /// Elements from one row of the activation to the next.
+    pub ldx: i64,
+    /// Rank of the branch; 0 for none.
+    pub rank: i64,
+    /// Whether the norm compensation factor of every row is computed.
+    pub norm_compensation: bool,
+    /// Whether the branch reads what selection dropped rather than the whole activation.
+    pub branch_of_dropped: bool,
+    /// Added to the squared norm of the kept part.
+    pub eps: f32,
+}
+
+impl SparsifyProblem {
+    /// Checks sizes and strides.
+    pub fn validate(&self) -> Result<()> {
+        at_least_zero(SPARSIFY, "m", self.m)?;
+        positive_multiple(SPARSIFY, "k", self.k, K_MULTIPLE)?;
+        valid_rank(SPARSIFY, self.rank)?;
+        if self.ldx < self.k || self.ldx % VECTOR_ELEMENTS != 0 {
+            return Err(Error::invalid(SPARSIFY, "ldx", self.ldx, format!("a multiple of {VECTOR_ELEMENTS}, at least k = {}", self.k)));
+        }
+        if !(self.eps >= 0.0 && self.eps.is_finite()) {
+            return Err(Error::invalid(SPARSIFY, "eps", self.eps, "a finite number, at least 0"));
+        }
+        Ok(())
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.m == 0
+    }
+}
+
+/// Device addresses of one [`SparsifyProblem`]; 0 for an absent tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SparsifyTensors {
+    /// `(m, k)` in dtype, row stride `ldx`
+    pub x: u64,
+    /// `(k,)` f32 or absent
+    pub score: u64,
+    /// `(k,)` f32 or absent
+    pub shift: u64,
+    /// `(rank, k)` in dtype, absent without a branch
+    pub comp_down: u64,
+    /// `(m, k/2)` in dtype, written
+    pub values: u64,
+    /// metadata words, written
+    pub metadata: u64,
+    /// `(m,)` f32, written; absent without norm compensation
+    pub row_scale: u64,
+    /// `(m, rank)` in dtype, written; absent without a branch
+    pub branch: u64,
+}
+
+impl SparsifyTensors {
+    /// Checks presence and alignment against the problem, which must be valid and not empty.
+    pub fn validate(&self, problem: &SparsifyProblem) -> Result<()> {
+        let branch = if problem.rank > 0 { Presence::Required } else { Presence::Forbidden("rank is 0") };
+        let row_scale = if problem.norm_compensation { Presence::Required } else { Presence::Forbidden("norm compensation is off") };
+        pointer(SPARSIFY, "x", self.x, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "score", self.score, Presence::Optional, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "shift", self.shift, Presence::Optional, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "comp_down", self.comp_down, branch, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "values", self.values, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "metadata", self.metadata, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "row_scale", self.row_scale, row_scale, size_of::<f32>() as u64)?;
+        pointer(SPARSIFY, "branch", self.branch, branch, VECTOR_BYTES)
+    }
+}
+
+/// Multiply a compressed activation with a dense weight, scale rows, add the branch and the bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SparseLinearProblem {
+    /// Element type of activation, weight, bias and output.
+    pub dtype: Dtype,
+    /// Rows (tokens).
+    pub m: i64,
+    /// Output channels.
+    pub n: i64,
+    /// Input channels.
+    pub k: i64,
+    /// Rank of the branch; 0 for none.
+    pub rank: i64,
+}
+
+impl SparseLinearProblem {
+    /// Checks sizes.
+    pub fn validate(&self) -> Result<()> {
+        at_least_zero(SPARSE_LINEAR, "m", self.m)?;
+        positive_multiple(SPARSE_LINEAR, "n", self.n, N_MULTIPLE)?;
+        positive_multiple(SPARSE_LINEAR, "k", self.k, K_MULTIPLE)?;
+        valid_rank(SPARSE_LINEAR, self.rank)
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.m == 0
+    }
+}
+
+/// Device addresses of one [`SparseLinearProblem`]; 0 for an absent tensor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SparseLinearTensors {
+    /// `(m, k/2)` in dtype
+    pub values: u64,
+    /// metadata words
+    pub metadata: u64,
+    /// `(n, k)` in dtype
+    pub weight: u64,
+    /// `(m,)` f32 or absent
+    pub row_scale: u64,
+    /// `(m, rank)` in dtype, absent without a branch
+    pub branch: u64,
+    /// `(n, rank)` in dtype, absent without a branch
+    pub comp_up: u64,
+    /// `(n,)` in dtype or absent
+    pub bias: u64,
+    /// `(m, n)` in dtype, written
+    pub out: u64,
+}
+
+impl SparseLinearTensors {
+    /// Checks presence and alignment against the problem, which must be valid and not empty.
+    pub fn validate(&self, problem: &SparseLinearProblem) -> Result<()> {
+        let branch = if problem.rank > 0 { Presence::Required } else { Presence::Forbidden("rank is 0") };
+        pointer(SPARSE_LINEAR, "values", self.values, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSE_LINEAR, "metadata", self.metadata, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSE_LINEAR, "weight", self.weight, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSE_LINEAR, "row_scale", self.row_scale, Presence::Optional, size_of::<f32>() as u64)?;
+        pointer(SPARSE_LINEAR, "branch", self.branch, branch, VECTOR_BYTES)?;
+        pointer(SPARSE_LINEAR, "comp_up", self.comp_up, branch, VECTOR_BYTES)?;
+        pointer(SPARSE_LINEAR, "bias", self.bias, Presence::Optional, VECTOR_BYTES)?;
+        pointer(SPARSE_LINEAR, "out", self.out, Presence::Required, VECTOR_BYTES)
+    }
+}
+
+/// Whether a tensor may be absent.
+#[derive(Clone, Copy)]
+enum Presence {
+    Required,
+    Optional,
+    Forbidden(&'static str),
+}
+
+fn pointer(op: &'static str, argument: &'static str, address: u64, presence: Presence, alignment: u64) -> Result<()> {
+    match presence {
+        Presence::Required if address == 0 => Err(Error::invalid(op, argument, "no tensor", "a tensor")),
+        Presence::Forbidden(why) if address != 0 => Err(Error::invalid(op, argument, "a tensor", format!("none: {why}"))),
+        _ if !address.is_multiple_of(alignment) => {
+            Err(Error::invalid(op, argument, format!("address {address:#x}"), format!("an address aligned to {alignment} bytes")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Kernels index rows and columns with 32-bit integers, and pad rows up to a block.
+const MAX_SIZE: i64 = i32::MAX as i64 - 256;
+
+fn at_least_zero(op: &'static str, argument: &'static str, got: i64) -> Result<()> {
+    if (0..=MAX_SIZE).contains(&got) { Ok(()) } else { Err(Error::invalid(op, argument, got, format!("0 to {MAX_SIZE}"))) }
+}
+
+fn positive_multiple(op: &'static str, argument: &'static str, got: i64, of: i64) -> Result<()> {
+    if got > 0 && got <= MAX_SIZE && got % of == 0 {
+        Ok(())
+    } else {
+        Err(Error::invalid(op, argument, got, format!("a positive multiple of {of}, at most {MAX_SIZE}")))
+    }
+}
+
+fn valid_rank(op: &'static str, got: i64) -> Result<()> {
+    if (0..=MAX_RANK).contains(&got) && got % RANK_MULTIPLE == 0 {
+        Ok(())
+    } else {
+        Err(Error::invalid(op, "rank", got, format!("a multiple of {RANK_MULTIPLE}, 0 to {MAX_RANK}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPARSIFY_OK: SparsifyProblem = SparsifyProblem {
+        dtype: Dtype::Bf16,
+        m: 5,
+        k: 128,
+        ldx: 128,
+        rank: 16,
+        norm_compensation: true,
+        branch_of_dropped: true,
+        eps: 1e-8,
+    };
+    const SPARSIFY_TENSORS: SparsifyTensors =
+        SparsifyTensors { x: 256, score: 0, shift: 0, comp_down: 256, values: 256, metadata: 256, row_scale: 4, branch: 256 };
+    const LINEAR_OK: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::F16, m: 5, n: 8, k: 64, rank: 0 };
+    const LINEAR_TENSORS: SparseLinearTensors =
+        SparseLinearTensors { values: 16, metadata: 16, weight: 16, row_scale: 4, branch: 0, comp_up: 0, bias: 16, out: 16 };
+
+    /// The argument a refusal names.
+    fn refused<T: fmt::Debug>(result: Result<T>) -> &'static str {
+        match result {
+            Err(Error::InvalidArgument { argument, .. }) => argument,
+            other => panic!("expected a refusal, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn valid_problems_pass() {
+        SPARSIFY_OK.validate().unwrap();
+        SPARSIFY_TENSORS.validate(&SPARSIFY_OK).unwrap();
+        LINEAR_OK.validate().unwrap();
+        LINEAR_TENSORS.validate(&LINEAR_OK).unwrap();
+        SparsifyProblem { m: 0, ..SPARSIFY_OK }.validate().unwrap();
+        SparseLinearProblem { m: 0, ..LINEAR_OK }.validate().unwrap();
+    }
+
+    #[test]
+    fn sizes_outside_the_format_are_refused() {
+        for k in [0, -64, 1, 65, 96, i64::MAX, 1 << 31] {
+            assert_eq!(refused(SparsifyProblem { k, ldx: i64::MAX - 7, ..SPARSIFY_OK }.validate()), "k", "{k}");
+            assert_eq!(refused(SparseLinearProblem { k, ..LINEAR_OK }.validate()), "k", "{k}");
+        }
+        for n in [0, -8, 4, 12, 1 << 31] {
+            assert_eq!(refused(SparseLinearProblem { n, ..LINEAR_OK }.validate()), "n", "{n}");
+        }
+        for m in [-1, 1 << 31, i32::MAX as i64] {
+            assert_eq!(refused(SparsifyProblem { m, ..SPARSIFY_OK }.validate()), "m", "{m}");
+            assert_eq!(refused(SparseLinearProblem { m, ..LINEAR_OK }.validate()), "m", "{m}");
+        }
+        for rank in [-16, 8, 17, 144] {
+            assert_eq!(refused(SparsifyProblem { rank, ..SPARSIFY_OK }.validate()), "rank", "{rank}");
+            assert_eq!(refused(SparseLinearProblem { rank, ..LINEAR_OK }.validate()), "rank", "{rank}");
+        }
+        for ldx in [64, 127, 130, -128] {
+            assert_eq!(refused(SparsifyProblem { ldx, ..SPARSIFY_OK }.validate()), "ldx", "{ldx}");
+        }
+        for eps in [-1.0, f32::NAN, f32::INFINITY] {
+            assert_eq!(refused(SparsifyProblem { eps, ..SPARSIFY_OK }.validate()), "eps", "{eps}");
+        }
+    }
+
+    #[test]
+    fn missing_superfluous_and_misaligned_tensors_are_refused() {
+        let tensors = |change: fn(&mut SparsifyTensors), problem: SparsifyProblem| {
+            let mut tensors = SPARSIFY_TENSORS;
+            change(&mut tensors);
+            refused(tensors.validate(&problem))
+        };
+        assert_eq!(tensors(|t| t.x = 0, SPARSIFY_OK), "x");
+        assert_eq!(tensors(|t| t.x = 264, SPARSIFY_OK), "x");
+        assert_eq!(tensors(|t| t.branch = 0, SPARSIFY_OK), "branch");
+        assert_eq!(tensors(|t| t.score = 4, SPARSIFY_OK), "score");
+        assert_eq!(tensors(|_| {}, SparsifyProblem { rank: 0, ..SPARSIFY_OK }), "comp_down");
+        assert_eq!(tensors(|_| {}, SparsifyProblem { norm_compensation: false, ..SPARSIFY_OK }), "row_scale");
+        assert_eq!(refused(SparseLinearTensors { bias: 2, ..LINEAR_TENSORS }.validate(&LINEAR_OK)), "bias");
+        assert_eq!(refused(LINEAR_TENSORS.validate(&SparseLinearProblem { rank: 16, ..LINEAR_OK })), "branch");
+    }
+
+    #[test]
+    fn dtypes_are_torch_names() {
+        assert_eq!(Dtype::parse(SPARSIFY, "bfloat16"), Ok(Dtype::Bf16));
+        assert_eq!(Dtype::parse(SPARSIFY, "float16"), Ok(Dtype::F16));
+        assert_eq!(refused(Dtype::parse(SPARSIFY, "float32")), "dtype");
+    }
+}

@@ -1,0 +1,66 @@
+//! What this build holds, what this machine has, and what would run where.
+
+use pyo3::prelude::*;
+use rtlynx_core::dispatch::{self, Arch};
+use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SparseLinearProblem};
+use rtlynx_core::{device, kernels};
+
+use crate::error::to_python;
+
+/// A dict for Python.
+#[derive(IntoPyObject)]
+pub(crate) struct DeviceCode {
+    targets: Vec<&'static str>,
+    nvcc: Option<&'static str>,
+    min_driver: Option<(u32, u32)>,
+}
+
+/// A dict for Python.
+#[derive(IntoPyObject)]
+pub(crate) struct Device {
+    index: usize,
+    name: &'static str,
+    capability: (u32, u32),
+    sms: i64,
+    memory_bytes: u64,
+}
+
+/// What was built in: targets (["sm_80", ...]), nvcc ("13.0.88") and min_driver ((13, 0), the CUDA version the driver must support).
+///
+/// A build without device code has no targets and None for the rest.
+#[pyfunction]
+#[pyo3(signature = () -> "dict[str, object]")]
+pub(crate) fn device_code() -> DeviceCode {
+    DeviceCode { targets: kernels::targets(), nvcc: kernels::nvcc_version(), min_driver: kernels::required_driver() }
+}
+
+/// CUDA version of the driver as (major, minor); None on a machine without one.
+#[pyfunction]
+pub(crate) fn driver_version() -> Option<(u32, u32)> {
+    device::driver_version()
+}
+
+/// The GPUs in the order of cuda:0, cuda:1, ...: index, name, capability, sms, memory_bytes. Empty without a driver.
+#[pyfunction]
+#[pyo3(signature = () -> "list[dict[str, object]]")]
+pub(crate) fn devices() -> PyResult<Vec<Device>> {
+    let devices = device::devices().map_err(to_python)?.iter().enumerate();
+    let describe = |(index, device): (usize, &'static device::Device)| Device {
+        index,
+        name: &device.name,
+        capability: device.arch.capability,
+        sms: device.arch.sms,
+        memory_bytes: device.memory_bytes,
+    };
+    Ok(devices.map(describe).collect())
+}
+
+/// The GEMM kernel for a problem on a GPU of this compute capability; needs no GPU.
+///
+/// Raises InvalidArgumentError for sizes the format cannot hold, DeviceError for a GPU without sparse tensor cores.
+#[pyfunction]
+pub(crate) fn plan_sparse_linear(capability: (u32, u32), sms: i64, m: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<String> {
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
+    let (kernel, _) = dispatch::plan_sparse_linear(&Arch::from_capability(capability, sms), &problem).map_err(to_python)?;
+    Ok(kernel.to_string())
+}

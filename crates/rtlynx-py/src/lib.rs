@@ -1,0 +1,28 @@
+//! `rtlynx._core`: the export list of the Python extension.
+
+use pyo3::prelude::*;
+
+mod error;
+mod info;
+mod ops;
+
+/// Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the layers above it.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use super::info::{device_code, devices, driver_version, plan_sparse_linear};
+    #[pymodule_export]
+    use super::ops::{sparse_linear, sparsify};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)] // Python's name for it
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+    #[pymodule_export]
+    const K_MULTIPLE: i64 = rtlynx_core::format::K_MULTIPLE;
+    #[pymodule_export]
+    const N_MULTIPLE: i64 = rtlynx_core::format::N_MULTIPLE;
+    #[pymodule_export]
+    const RANK_MULTIPLE: i64 = rtlynx_core::format::RANK_MULTIPLE;
+    #[pymodule_export]
+    const MAX_RANK: i64 = rtlynx_core::format::MAX_RANK;
+}

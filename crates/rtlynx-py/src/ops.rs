@@ -1,0 +1,63 @@
+//! The two operations on raw device addresses. Shapes, devices and lifetimes are `rtlynx.ops`' business.
+
+use pyo3::prelude::*;
+use rtlynx_core::launch::{self, Place};
+use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+
+use crate::error::to_python;
+
+/// Enqueue selection, compression, row norms and the branch's projection. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the flat boundary between two languages
+pub(crate) fn sparsify(
+    device_index: i32,
+    stream: u64,
+    dtype: &str,
+    m: i64,
+    k: i64,
+    ldx: i64,
+    rank: i64,
+    x: u64,
+    score: u64,
+    shift: u64,
+    comp_down: u64,
+    values: u64,
+    metadata: u64,
+    row_scale: u64,
+    branch: u64,
+    branch_of_dropped: bool,
+    eps: f32,
+) -> PyResult<()> {
+    let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python)?;
+    let problem = SparsifyProblem { dtype, m, k, ldx, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps };
+    let tensors = SparsifyTensors { x, score, shift, comp_down, values, metadata, row_scale, branch };
+    // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
+    unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
+}
+
+/// Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // the flat boundary between two languages
+pub(crate) fn sparse_linear(
+    device_index: i32,
+    stream: u64,
+    dtype: &str,
+    m: i64,
+    n: i64,
+    k: i64,
+    rank: i64,
+    values: u64,
+    metadata: u64,
+    weight: u64,
+    row_scale: u64,
+    branch: u64,
+    comp_up: u64,
+    bias: u64,
+    out: u64,
+) -> PyResult<()> {
+    let dtype = Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?;
+    let problem = SparseLinearProblem { dtype, m, n, k, rank };
+    let tensors = SparseLinearTensors { values, metadata, weight, row_scale, branch, comp_up, bias, out };
+    // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
+    unsafe { launch::sparse_linear(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
+}

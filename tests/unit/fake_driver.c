@@ -1,0 +1,57 @@
+// A libcuda that pretends: it answers what the FAKE_* environment variables say and prints the calls that matter. It lets the refusals and the
+// launch sequence of rtlynx._core be tested on a machine without a GPU.
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int setting(const char* name, int otherwise) {
+  const char* text = getenv(name);
+  return text ? atoi(text) : otherwise;
+}
+static int said(const char* call) {
+  printf("%s\n", call);
+  fflush(stdout);
+  return 0;
+}
+
+static void* current;
+
+int cuInit(unsigned flags) { return setting("FAKE_INIT", 0); }
+int cuDriverGetVersion(int* version) { return *version = setting("FAKE_VERSION", 13000), 0; }
+int cuDeviceGetCount(int* count) { return *count = 2, 0; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, 0; }
+int cuDeviceGetName(char* name, int length, int device) { return strncpy(name, "Fake GPU", length), 0; }
+int cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = 1 << 30, 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  switch (attribute) {
+    case 16: return *value = 132, 0;  // multiprocessors
+    case 75: return *value = setting("FAKE_CAPABILITY", 90) / 10, 0;
+    case 76: return *value = setting("FAKE_CAPABILITY", 90) % 10, 0;
+    case 97: return *value = 227 * 1024, 0;  // shared memory a block may opt in to
+    default: return 1;
+  }
+}
+int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)(intptr_t)(device + 1), said("retain"); }
+int cuCtxGetCurrent(void** context) { return *context = current, 0; }
+int cuCtxPushCurrent_v2(void* context) { return current = context, said("push"); }
+int cuCtxPopCurrent_v2(void** context) { return *context = current, current = NULL, said("pop"); }
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  static int held = 0;
+  const int before = held;
+  held = *mode, *mode = before;
+  return said(held == 2 ? "capture relaxed" : "capture restored");
+}
+int cuModuleLoadData(void** module, const void* image) { return *module = (void*)1, said("load"), setting("FAKE_LOAD", 0); }
+int cuModuleGetFunction(void** function, void* module, const char* name) { return *function = (void*)2, said(name); }
+int cuFuncSetAttribute(void* function, int attribute, int value) { return attribute == 8 ? 0 : 1; }
+int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
+                   void** params, void** extra) {
+  if (!getenv("FAKE_SILENT")) {
+    const uint64_t* first = params[0];
+    printf("launch %ux%ux%u of %ux%ux%u, %u bytes, stream %#lx, first pointer %#lx\n", gx, gy, gz, bx, by, bz, shared, (unsigned long)stream,
+           (unsigned long)first[0]);
+    fflush(stdout);
+  }
+  return setting("FAKE_LAUNCH", 0);
+}

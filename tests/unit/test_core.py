@@ -1,0 +1,140 @@
+"""rtlynx._core without a GPU: what it exports, what it plans, how it refuses."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from rtlynx import _core, reference
+from rtlynx.errors import DeviceError, InvalidArgumentError
+
+H200 = ((9, 0), 132)
+TENSOR = 1 << 20  # an aligned address that no test here ever dereferences
+
+SPARSIFY: dict[str, Any] = dict(
+    device_index=0, stream=0, dtype="bfloat16", m=64, k=128, ldx=128, rank=16, branch_of_dropped=True, eps=1e-8,
+    x=TENSOR, score=0, shift=0, comp_down=TENSOR, values=TENSOR, metadata=TENSOR, row_scale=TENSOR, branch=TENSOR,
+)  # fmt: skip
+SPARSE_LINEAR: dict[str, Any] = dict(
+    device_index=0, stream=0, dtype="bfloat16", m=64, n=64, k=128, rank=16,
+    values=TENSOR, metadata=TENSOR, weight=TENSOR, row_scale=TENSOR, branch=TENSOR, comp_up=TENSOR, bias=TENSOR, out=TENSOR,
+)  # fmt: skip
+
+
+def test_version_is_that_of_the_installed_package() -> None:
+    assert _core.__version__ == importlib.metadata.version("rtlynx")
+
+
+@pytest.mark.parametrize("name", ["K_MULTIPLE", "N_MULTIPLE", "RANK_MULTIPLE", "MAX_RANK"])
+def test_constants_are_those_of_the_reference(name: str) -> None:
+    assert getattr(_core, name) == getattr(reference, name)
+
+
+def test_device_code_is_complete_or_absent() -> None:
+    code = _core.device_code()
+    assert code.keys() == {"targets", "nvcc", "min_driver"}
+    if code["nvcc"] is None:
+        assert code == {"targets": [], "nvcc": None, "min_driver": None}
+    else:
+        assert code["targets"] == ["sm_80", "compute_80", "sm_90a"]
+        assert code["min_driver"] == (int(str(code["nvcc"]).split(".")[0]), 0)
+
+
+def test_devices_need_a_driver() -> None:
+    if _core.driver_version() is None:
+        assert _core.devices() == []
+    for index, device in enumerate(_core.devices()):
+        assert device.keys() == {"index", "name", "capability", "sms", "memory_bytes"}
+        assert device["index"] == index
+
+
+@pytest.mark.parametrize("dtype, short", [("bfloat16", "bf16"), ("float16", "f16")])
+def test_plan_names_a_kernel(dtype: str, short: str) -> None:
+    assert _core.plan_sparse_linear(*H200, 4608, 12288, 3072, 64, dtype).startswith(f"spmm_sm80_{short}_128x128x64")
+
+
+def test_plan_depends_on_the_gpu_and_the_problem() -> None:
+    problems = [(64, 64), (512, 3072), (4608, 12288)]
+    plans = {
+        _core.plan_sparse_linear(capability, sms, m, n, 3072, 0, "bfloat16")
+        for capability, sms in [H200, ((8, 9), 24)]
+        for m, n in problems
+    }
+    assert len(plans) > 1
+
+
+@pytest.mark.parametrize("argument, got", [("m", -1), ("n", 12), ("k", 96), ("k", 0), ("rank", 8), ("rank", 144), ("dtype", "float32")])
+def test_plan_refuses_problems_outside_the_format(argument: str, got: object) -> None:
+    problem: dict[str, Any] = dict(m=64, n=64, k=128, rank=16, dtype="bfloat16")
+    with pytest.raises(InvalidArgumentError) as refusal:
+        _core.plan_sparse_linear(*H200, **problem | {argument: got})
+    assert (refusal.value.op, refusal.value.argument, refusal.value.got) == ("sparse_linear", argument, str(got))
+
+
+def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
+    with pytest.raises(DeviceError, match=r"sparse_linear: got a GPU of compute capability 7\.5, expected 8\.0 or newer"):
+        _core.plan_sparse_linear((7, 5), 40, 64, 64, 128, 0, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "argument, got",
+    [
+        *[("k", 96), ("ldx", 64), ("ldx", 130), ("rank", 17), ("eps", -1.0), ("dtype", "int8"), ("x", 0), ("x", TENSOR + 8)],
+        *[("score", TENSOR + 4), ("comp_down", 0), ("branch", 0), ("values", 0), ("metadata", 0)],
+    ],
+)
+def test_sparsify_refuses_before_it_asks_for_a_driver(argument: str, got: object) -> None:
+    with pytest.raises(InvalidArgumentError) as refusal:
+        _core.sparsify(**SPARSIFY | {argument: got})
+    assert (refusal.value.op, refusal.value.argument) == ("sparsify", argument)
+
+
+@pytest.mark.parametrize(
+    "argument, got",
+    [
+        ("n", 12),
+        ("k", 96),
+        ("rank", 17),
+        ("dtype", "int8"),
+        ("values", 0),
+        ("weight", 0),
+        ("weight", TENSOR + 2),
+        ("comp_up", 0),
+        ("out", 0),
+    ],
+)
+def test_sparse_linear_refuses_before_it_asks_for_a_driver(argument: str, got: object) -> None:
+    with pytest.raises(InvalidArgumentError) as refusal:
+        _core.sparse_linear(**SPARSE_LINEAR | {argument: got})
+    assert (refusal.value.op, refusal.value.argument) == ("sparse_linear", argument)
+
+
+def test_a_superfluous_branch_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="`comp_down`: got a tensor, expected none: rank is 0"):
+        _core.sparsify(**SPARSIFY | {"rank": 0})
+
+
+def test_no_rows_launch_nothing() -> None:
+    _core.sparsify(**SPARSIFY | {"m": 0, "x": 0, "values": 0, "metadata": 0, "row_scale": 0, "branch": 0})
+    _core.sparse_linear(**SPARSE_LINEAR | {"m": 0, "values": 0, "metadata": 0, "branch": 0, "out": 0})
+
+
+@pytest.mark.skipif(_core.driver_version() is not None, reason="this machine has a driver")
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
+        _core.sparsify(**SPARSIFY)
+    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
+        _core.sparse_linear(**SPARSE_LINEAR)
+
+
+def test_the_extension_links_neither_torch_nor_cuda() -> None:
+    if sys.platform != "linux":
+        pytest.skip("reads an ELF file")
+    assert _core.__file__ is not None
+    libraries = subprocess.run(["ldd", _core.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in libraries
+    assert not any(name in libraries for name in ("torch", "cuda", "cudart", "python"))

@@ -1,0 +1,122 @@
+"""rtlynx._core against a pretended driver (fake_driver.c): what it refuses, in which words, and what it calls to launch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rtlynx import _core
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="builds a shared library with cc")
+needs_device_code = pytest.mark.skipif(not _core.device_code()["targets"], reason="built without device code")
+
+PROGRAM = """
+import sys, types
+
+# The package without its __init__, which would import torch: slow, and torch brings the real driver along.
+sys.modules["rtlynx"] = types.ModuleType("rtlynx")
+sys.modules["rtlynx"].__path__ = [{package!r}]
+from rtlynx import _core
+from rtlynx.errors import RTLynxError
+A = 1 << 20
+
+def sparsify(m=100, rank=96, device=1, k=128):
+    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, A, 0, 0, A if rank else 0, A, A, A, A if rank else 0, True, 1e-8)
+
+def sparse_linear(m=100):
+    _core.sparse_linear(0, 0x5, "float16", m, 264, 128, 0, A, A, A, A, 0, 0, 0, A)
+
+try:
+    {statements}
+except RTLynxError as error:
+    print(f"{{type(error).__name__}}: {{error}}")
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pretended libcuda, under the name that is tried first."""
+    folder = tmp_path_factory.mktemp("driver")
+    source = Path(__file__).with_name("fake_driver.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-w", str(source), "-o", str(folder / "libcuda.so")], check=True)
+    return folder
+
+
+def run(driver: Path, statements: str, **settings: int) -> list[str]:
+    """The lines that the statements print under this driver. A process of its own, because a driver is loaded once."""
+    environment = os.environ | {f"FAKE_{name.upper()}": str(value) for name, value in settings.items()}
+    environment["LD_LIBRARY_PATH"] = str(driver)
+    program = PROGRAM.format(statements=statements, package=str(Path(_core.__file__).parent))
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_devices_are_described(driver: Path) -> None:
+    (line,) = run(driver, "print(_core.driver_version(), _core.devices()[1])", capability=89)
+    gpu = {"index": 1, "name": "Fake GPU", "capability": (8, 9), "sms": 132, "memory_bytes": 1 << 30}
+    assert line == f"(13, 0) {gpu}"
+
+
+def test_a_driver_without_gpus_has_no_devices(driver: Path) -> None:
+    devices, message = run(driver, "print(_core.devices()); sparsify()", init=100)
+    assert devices == "[]"
+    assert message.startswith("DeviceError: no usable NVIDIA driver: the driver library finds no GPU (CUDA_ERROR_NO_DEVICE)")
+
+
+@needs_device_code
+def test_an_old_driver_is_refused_before_anything_is_loaded(driver: Path) -> None:
+    *calls, message = run(driver, "sparse_linear()", version=12040)
+    assert "load" not in calls and not any(call.startswith("launch") for call in calls)
+    assert message.startswith("DeviceError: the NVIDIA driver is too old: got a driver for CUDA 12.4, expected one for CUDA 13.0 or newer")
+
+
+@needs_device_code
+def test_ptx_newer_than_the_driver_reads_as_an_old_driver(driver: Path) -> None:
+    assert run(driver, "sparse_linear()", load=222)[-1].startswith("DeviceError: the NVIDIA driver is too old")
+
+
+@pytest.mark.parametrize("op", ["sparsify", "sparse_linear"])
+def test_an_old_gpu_is_refused(driver: Path, op: str) -> None:
+    (message,) = run(driver, f"{op}()", capability=75)
+    assert message.startswith(f"DeviceError: {op}: got a GPU of compute capability 7.5, expected 8.0 or newer")
+
+
+def test_an_absent_device_is_refused(driver: Path) -> None:
+    (message,) = run(driver, "sparsify(device=2)")
+    assert message == "InvalidArgumentError: sparsify: argument `device_index`: got 2, expected a GPU index below 2"
+
+
+@needs_device_code
+def test_a_launch_loads_once_and_leaves_the_thread_as_it_was(driver: Path) -> None:
+    launch = "launch 8x2x1 of 256x1x1, 32768 bytes, stream 0x5, first pointer 0x100000"
+    assert run(driver, "sparsify(); sparsify()") == [
+        *["retain", "push", "capture relaxed", "load", "sparsify_bf16_r64_scaled", "capture restored", launch, "pop"],
+        *["push", launch, "pop"],
+    ]
+
+
+@needs_device_code
+def test_every_device_loads_its_own_code(driver: Path) -> None:
+    calls = run(driver, "sparsify(device=0); sparsify(device=1); sparsify(device=0, rank=0)")
+    assert calls.count("load") == 2 and calls.count("retain") == 2
+
+
+@needs_device_code
+def test_the_grid_covers_a_ragged_problem(driver: Path) -> None:
+    (launch,) = [line for line in run(driver, "sparse_linear()") if line.startswith("launch")]
+    assert launch.startswith("launch 10x1x1 of 128x1x1, 49152 bytes")  # 64 x 64 tiles: 2 of M = 100, 5 of N = 264
+
+
+@needs_device_code
+def test_a_failed_launch_is_named(driver: Path) -> None:
+    *_, popped, message = run(driver, "sparse_linear()", launch=719)
+    assert popped == "pop"
+    assert message == "DeviceError: cuLaunchKernel failed with CUDA_ERROR_LAUNCH_FAILED (CUDA error 719)"
+
+
+def test_no_rows_launch_nothing(driver: Path) -> None:
+    assert run(driver, "sparsify(m=0); sparse_linear(m=0)") == []
