@@ -1,0 +1,379 @@
+"""The two torch custom ops everything else is built from: ``rtlynx::sparsify`` and ``rtlynx::sparse_linear``.
+
+CPU tensors run `rtlynx.reference`, which defines the semantics; CUDA tensors run the kernels through ``rtlynx._core``. Both are traced by
+``torch.compile`` (fake implementations, dynamic M) and differentiable. An op holds no state: memory comes from torch's allocator, work goes
+to torch's current stream of the tensors' device.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtlynx import reference
+from rtlynx.errors import DeviceError, InvalidArgumentError
+from rtlynx.reference import EPS, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, BranchInput, Sparsified, metadata_shape
+
+__all__ = ["Sparsified", "sparse_linear", "sparsify"]
+
+_KERNEL_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ALIGNMENT = 16  # bytes: the kernels load and store 16 at a time
+
+_library = torch.library.Library("rtlynx", "DEF")
+_library.define(
+    "sparsify(Tensor x, Tensor? score, Tensor? shift, Tensor? comp_down, str branch_input, bool norm_compensation, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias) -> Tensor"
+)
+
+
+def sparsify(
+    x: Tensor,
+    score: Tensor | None = None,
+    shift: Tensor | None = None,
+    comp_down: Tensor | None = None,
+    branch_input: BranchInput = "dropped",
+    norm_compensation: bool = True,
+    eps: float = EPS,
+) -> Sparsified:
+    """Keep the 2 largest of every 4 channels of each token and compress them; in the same pass measure the row and feed the branch.
+
+    With ``X' = x - shift`` (float32, rounded to T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
+
+        s      = sqrt(‖X'‖² / (‖S(X')‖² + eps))        norm compensation of RT-Lynx (arXiv 2605.26632); 1 when it is off
+        branch = X' · comp_downᵀ                       branch_input = "input": the paper's branch
+               = (X' - s·S(X')) · comp_downᵀ           branch_input = "dropped": split, a branch on what selection dropped
+
+    Args:
+        x: ``(M, K)`` of dtype T: bfloat16 or float16, also float32 on the CPU. K a multiple of 64, any M ≥ 0. Copied if its last dimension is
+            strided or its rows are not 16-byte aligned; a strided first dimension is read in place.
+        score: optional ``(K,)`` float32 factor on the magnitudes that selection compares. Values are stored without it.
+        shift: optional ``(K,)`` float32 vector subtracted first; add ``shift · Wᵀ`` to the bias.
+        comp_down: optional ``(r, K)`` of dtype T, r a multiple of 16 up to 128.
+        branch_input: ``"dropped"`` or ``"input"``; without `comp_down` it says nothing.
+        norm_compensation: whether to compute the row scale.
+        eps: ε of the row scale.
+
+    Returns:
+        `Sparsified`: values ``(M, K/2)``, metadata int32, row_scale ``(M,)`` float32 (``(0,)`` when off), branch ``(M, r)`` (``(M, 0)`` without).
+
+    Ties go to the lower channel. NaN ranks above infinity and is kept, so a non-finite token gives a non-finite row. An all-zero row has scale 0.
+    The gradient passes straight through the mask; the row scale is a constant to it.
+
+    Raises:
+        InvalidArgumentError: a dtype, shape or device does not fit; nothing has been launched.
+        DeviceError: the GPU path cannot run on this machine.
+    """
+    return Sparsified(*torch.ops.rtlynx.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps))
+
+
+def sparse_linear(
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    comp_up: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``row_scale · (S(X) · weightᵀ) + branch · comp_upᵀ + bias`` on sparse tensor cores, float32 accumulation, rounded once.
+
+    Args:
+        values: ``(M, K/2)`` of dtype T, from `sparsify`.
+        metadata: ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32, from `sparsify`.
+        weight: ``(N, K)`` of dtype T, the dense weight in nn.Linear's layout. N a multiple of 8.
+        row_scale: optional ``(M,)`` float32.
+        branch: optional ``(M, r)`` of dtype T; needs `comp_up`.
+        comp_up: optional ``(N, r)`` of dtype T; needs `branch`.
+        bias: optional ``(N,)`` of dtype T.
+
+    Returns:
+        ``(M, N)`` of dtype T.
+
+    Raises:
+        InvalidArgumentError: a dtype, shape or device does not fit, or a tensor is not contiguous; nothing has been launched.
+        DeviceError: the GPU path cannot run on this machine.
+    """
+    return torch.ops.rtlynx.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)  # type: ignore[no-any-return]
+
+
+# ---- validation -------------------------------------------------------------------------------------------------------------------------
+
+
+def _check(op: str, argument: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a tensor whose shape (None: any size), dtype or device is not the expected one."""
+    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)):
+        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+        raise InvalidArgumentError(op, argument, f"shape {tuple(tensor.shape)}", f"shape {wanted}")
+    if tensor.dtype != dtype:
+        raise InvalidArgumentError(op, argument, f"dtype {tensor.dtype}", f"dtype {dtype}")
+    if tensor.device != device:
+        raise InvalidArgumentError(op, argument, f"device {tensor.device}", f"device {device}")
+
+
+def _check_dtype(op: str, argument: str, tensor: Tensor) -> None:
+    on_cpu = tensor.device.type == "cpu"
+    if tensor.dtype not in _KERNEL_DTYPES and not (on_cpu and tensor.dtype is torch.float32):
+        expected = "bfloat16, float16 or float32" if on_cpu else "bfloat16 or float16"
+        raise InvalidArgumentError(op, argument, f"dtype {tensor.dtype} on {tensor.device.type}", f"{expected} there")
+
+
+def _check_rank(op: str, argument: str, rank: int) -> None:
+    if rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
+        raise InvalidArgumentError(op, argument, f"rank {rank}", f"a multiple of {RANK_MULTIPLE} from {RANK_MULTIPLE} to {MAX_RANK}")
+
+
+def _check_sparsify(x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: str) -> None:
+    op = "sparsify"
+    if x.dim() != 2:
+        raise InvalidArgumentError(op, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
+    _check_dtype(op, "x", x)
+    k = x.shape[1]
+    if k == 0 or k % K_MULTIPLE:
+        raise InvalidArgumentError(op, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
+    for name, vector in (("score", score), ("shift", shift)):
+        if vector is not None:
+            _check(op, name, vector, (k,), torch.float32, x.device)
+    if comp_down is not None:
+        _check(op, "comp_down", comp_down, (None, k), x.dtype, x.device)
+        _check_rank(op, "comp_down", comp_down.shape[0])
+    if branch_input not in ("input", "dropped"):
+        raise InvalidArgumentError(op, "branch_input", repr(branch_input), "'input' or 'dropped'")
+
+
+def _check_sparse_linear(
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    op = "sparse_linear"
+    if values.dim() != 2:
+        raise InvalidArgumentError(op, "values", f"{values.dim()} dimensions", "2 dimensions (M, K/2)")
+    _check_dtype(op, "values", values)
+    m, k = values.shape[0], values.shape[1] * 2
+    if k == 0 or k % K_MULTIPLE:
+        raise InvalidArgumentError(op, "values", f"K/2 = {k // 2}", f"K a positive multiple of {K_MULTIPLE}")
+    _check(op, "metadata", metadata, metadata_shape(m, k), torch.int32, values.device)
+    _check(op, "weight", weight, (None, k), values.dtype, values.device)
+    n = weight.shape[0]
+    if n == 0 or n % N_MULTIPLE:
+        raise InvalidArgumentError(op, "weight", f"N = {n}", f"N a positive multiple of {N_MULTIPLE}")
+    if row_scale is not None:
+        _check(op, "row_scale", row_scale, (m,), torch.float32, values.device)
+    if (branch is None) != (comp_up is None):
+        absent, present = ("branch", "comp_up") if branch is None else ("comp_up", "branch")
+        raise InvalidArgumentError(op, absent, "None", f"a tensor, since `{present}` is given")
+    if branch is not None and comp_up is not None:
+        _check(op, "branch", branch, (m, None), values.dtype, values.device)
+        _check_rank(op, "branch", branch.shape[1])
+        _check(op, "comp_up", comp_up, (n, branch.shape[1]), values.dtype, values.device)
+    if bias is not None:
+        _check(op, "bias", bias, (n,), values.dtype, values.device)
+
+
+def _pointer(op: str, argument: str, tensor: Tensor | None) -> int:
+    """The address of a contiguous, 16-byte aligned tensor; 0 for none."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise InvalidArgumentError(op, argument, f"strides {tensor.stride()} for shape {tuple(tensor.shape)}", "a contiguous tensor")
+    address = tensor.data_ptr()
+    if address % _ALIGNMENT:
+        raise InvalidArgumentError(op, argument, f"address {address:#x}", f"a multiple of {_ALIGNMENT}")
+    return address
+
+
+@functools.cache
+def _core() -> ModuleType:
+    """The compiled extension, imported when the first CUDA tensor arrives."""
+    try:
+        from rtlynx import _core as core
+    except ImportError as error:
+        raise DeviceError(f"rtlynx._core is not built ({error}); install the package with `pip install .`") from error
+    return core
+
+
+# ---- sparsify ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _sparsify_cpu(
+    x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: BranchInput, norm_compensation: bool, eps: float
+) -> Sparsified:
+    _check_sparsify(x, score, shift, comp_down, branch_input)
+    return reference.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps)
+
+
+def _sparsify_outputs(x: Tensor, comp_down: Tensor | None, norm_compensation: bool) -> Sparsified:
+    m, k = x.shape
+    return Sparsified(
+        values=x.new_empty(m, k // 2),
+        metadata=x.new_empty(metadata_shape(m, k), dtype=torch.int32),
+        row_scale=x.new_empty(m if norm_compensation else 0, dtype=torch.float32),
+        branch=x.new_empty(m, 0 if comp_down is None else comp_down.shape[0]),
+    )
+
+
+def _sparsify_fake(
+    x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: BranchInput, norm_compensation: bool, eps: float
+) -> Sparsified:
+    _check_sparsify(x, score, shift, comp_down, branch_input)
+    return _sparsify_outputs(x, comp_down, norm_compensation)
+
+
+def _rows_readable(x: Tensor) -> bool:
+    """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
+    return x.stride(1) == 1 and x.stride(0) * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) >= x.shape[1]
+
+
+def _sparsify_cuda(
+    x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: BranchInput, norm_compensation: bool, eps: float
+) -> Sparsified:
+    op = "sparsify"
+    _check_sparsify(x, score, shift, comp_down, branch_input)
+    if not _rows_readable(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    out = _sparsify_outputs(x, comp_down, norm_compensation)
+    m, k = x.shape
+    if m == 0:
+        return out
+    rank = out.branch.shape[1]
+    _core().sparsify(
+        device_index=x.get_device(),
+        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        dtype=_KERNEL_DTYPES[x.dtype],
+        m=m,
+        k=k,
+        ldx=x.stride(0),
+        rank=rank,
+        x=x.data_ptr(),
+        score=_pointer(op, "score", score),
+        shift=_pointer(op, "shift", shift),
+        comp_down=_pointer(op, "comp_down", comp_down),
+        values=out.values.data_ptr(),
+        metadata=out.metadata.data_ptr(),
+        row_scale=out.row_scale.data_ptr() if norm_compensation else 0,
+        branch=out.branch.data_ptr() if rank else 0,
+        branch_of_dropped=branch_input == "dropped",
+        eps=eps,
+    )
+    return out
+
+
+def _sparsify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, shift, comp_down, branch_input, _, _ = inputs
+    _, metadata, row_scale, _ = output
+    ctx.save_for_backward(x, shift, comp_down, metadata, row_scale)
+    ctx.branch_input = branch_input
+
+
+def _sparsify_backward(ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_scale: Tensor, grad_branch: Tensor) -> tuple[Tensor | None, ...]:
+    x, shift, comp_down, metadata, row_scale = ctx.saved_tensors
+    m, k = x.shape
+    columns = reference.kept_columns(metadata, m, k)
+    grad_x = torch.zeros_like(x).scatter_(1, columns, grad_values)
+    grad_down = None
+    if comp_down is not None:
+        z = reference.shifted(x, shift)
+        grad_z = grad_branch @ comp_down
+        if ctx.branch_input == "dropped":
+            # z = X' - s·S(X'): kept channels pass 1 - s (0 without norm compensation), dropped ones pass 1
+            kept_factor = (1 - row_scale[:, None]).to(x.dtype) if row_scale.numel() else x.new_zeros(m, 1)
+            factor = torch.ones_like(x).scatter_(1, columns, kept_factor.expand(m, k // 2))
+            z, grad_z = z * factor, grad_z * factor
+        grad_x = grad_x + grad_z
+        grad_down = grad_branch.T @ z
+    grad_shift = -grad_x.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+    return grad_x, None, grad_shift, grad_down, None, None, None
+
+
+# ---- sparse_linear ----------------------------------------------------------------------------------------------------------------------
+
+
+def _sparse_linear_cpu(
+    values: Tensor, metadata: Tensor, weight: Tensor, row_scale: Tensor | None, branch: Tensor | None, comp_up: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
+    return reference.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
+
+
+def _sparse_linear_fake(
+    values: Tensor, metadata: Tensor, weight: Tensor, row_scale: Tensor | None, branch: Tensor | None, comp_up: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
+    return values.new_empty(values.shape[0], weight.shape[0])
+
+
+def _sparse_linear_cuda(
+    values: Tensor, metadata: Tensor, weight: Tensor, row_scale: Tensor | None, branch: Tensor | None, comp_up: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    op = "sparse_linear"
+    _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
+    m, n = values.shape[0], weight.shape[0]
+    out = values.new_empty(m, n)
+    if m == 0:
+        return out
+    _core().sparse_linear(
+        device_index=values.get_device(),
+        stream=torch.cuda.current_stream(values.device).cuda_stream,
+        dtype=_KERNEL_DTYPES[values.dtype],
+        m=m,
+        n=n,
+        k=weight.shape[1],
+        rank=0 if branch is None else branch.shape[1],
+        values=_pointer(op, "values", values),
+        metadata=_pointer(op, "metadata", metadata),
+        weight=_pointer(op, "weight", weight),
+        row_scale=_pointer(op, "row_scale", row_scale),
+        branch=_pointer(op, "branch", branch),
+        comp_up=_pointer(op, "comp_up", comp_up),
+        bias=_pointer(op, "bias", bias),
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def _sparse_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, metadata, weight, row_scale, branch, comp_up, _ = inputs
+    ctx.save_for_backward(values, metadata, weight, row_scale, branch, comp_up)
+
+
+def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    values, metadata, weight, row_scale, branch, comp_up = ctx.saved_tensors
+    needs_values, _, needs_weight, _, needs_branch, needs_up, needs_bias = ctx.needs_input_grad
+    scaled = grad if row_scale is None else (grad * row_scale[:, None]).to(grad.dtype)
+    grad_values = grad_weight = grad_branch = grad_up = grad_bias = None
+    if needs_values:
+        m, half = values.shape
+        grad_values = (scaled @ weight).gather(1, reference.kept_columns(metadata, m, half * 2))
+    if needs_weight:
+        grad_weight = scaled.T @ reference.decompress(values, metadata)
+    if needs_branch:
+        grad_branch = grad @ comp_up
+    if needs_up:
+        grad_up = grad.T @ branch
+    if needs_bias:
+        grad_bias = grad.sum(0)
+    return grad_values, None, grad_weight, None, grad_branch, grad_up, grad_bias
+
+
+# ---- registration -----------------------------------------------------------------------------------------------------------------------
+
+_library.impl("sparsify", _sparsify_cpu, "CPU")
+_library.impl("sparsify", _sparsify_cuda, "CUDA")
+torch.library.register_fake("rtlynx::sparsify", _sparsify_fake, lib=_library)
+torch.library.register_autograd("rtlynx::sparsify", _sparsify_backward, setup_context=_sparsify_setup, lib=_library)
+
+_library.impl("sparse_linear", _sparse_linear_cpu, "CPU")
+_library.impl("sparse_linear", _sparse_linear_cuda, "CUDA")
+torch.library.register_fake("rtlynx::sparse_linear", _sparse_linear_fake, lib=_library)
+torch.library.register_autograd("rtlynx::sparse_linear", _sparse_linear_backward, setup_context=_sparse_linear_setup, lib=_library)

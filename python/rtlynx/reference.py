@@ -1,0 +1,194 @@
+"""The semantics of every rtlynx op in plain torch: the CPU implementation and the oracle of every kernel test.
+
+Notation: ``M`` tokens, ``K`` input channels, ``N`` output channels, ``r`` branch rank, dtype ``T`` in {bfloat16, float16} (and float32 on
+the CPU only). A *group* is 4 neighbouring channels of one token. docs/format.md draws the bits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+BranchInput = Literal["input", "dropped"]
+
+GROUP = 4
+"""Channels per 2:4 group; 2 of them are kept."""
+TILE_ROWS = 16
+"""Rows of one tensor-core tile, the unit of the metadata along M."""
+PADDED_ROWS = 64
+"""The metadata describes rows up to a multiple of this: 4 tiles, what a warpgroup takes."""
+BLOCK_COLS = 256
+"""Dense columns of one metadata block: 4 words a lane."""
+K_MULTIPLE = 64
+"""K of a sparse layer is a multiple of this: one metadata word covers 64 channels of a quad of lanes."""
+N_MULTIPLE = 8
+"""N of a sparse layer is a multiple of this: 16-byte stores."""
+RANK_MULTIPLE = 16
+"""The branch rank is a multiple of this: the depth of one dense tensor-core step."""
+MAX_RANK = 128
+"""The largest branch rank: what one stage buffer of the kernels holds."""
+EPS = 1e-8
+"""ε of the norm compensation (RT-Lynx, arXiv 2605.26632)."""
+
+_ZERO_GROUP_NIBBLE = 0b0100  # positions (0, 1): what an all-zero group selects, hence also the padding
+
+
+class Sparsified(NamedTuple):
+    """A 2:4-compressed activation, what `sparsify` returns.
+
+    Attributes:
+        values: ``(M, K/2)`` of dtype T; the two kept values of group c are columns 2c and 2c+1, in channel order.
+        metadata: ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32; the kept positions, 8 groups a word (docs/format.md).
+        row_scale: ``(M,)`` float32 norm compensation, or ``(0,)`` when it is off.
+        branch: ``(M, r)`` of dtype T, the input of the rank-r branch, or ``(M, 0)`` without one.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    row_scale: Tensor
+    branch: Tensor
+
+
+def metadata_shape(m: int, k: int) -> tuple[int, int, int, int]:
+    """Shape of the metadata tensor of an ``(m, k)`` activation: K blocks, 16-row tiles, lanes, words."""
+    return (-(-k // BLOCK_COLS), -(-m // PADDED_ROWS) * (PADDED_ROWS // TILE_ROWS), 32, 4)
+
+
+def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
+    """``x - shift`` computed in float32 and rounded to ``x.dtype``; ``x`` itself without a shift."""
+    return x if shift is None else (x.float() - shift).to(x.dtype)
+
+
+def selection_keys(x: Tensor, score: Tensor | None = None) -> Tensor:
+    """What selection compares, as non-negative integers of the same order: the bit pattern of ``|x|``, or of ``float32(|x · score|)``.
+
+    Comparing bit patterns makes the order total: NaN ranks above infinity, so that it is kept and reaches the output.
+    """
+    if score is not None:
+        x = x.float() * score
+    if x.dtype is torch.float32:
+        return x.view(torch.int32) & 0x7FFFFFFF
+    return x.view(torch.int16) & 0x7FFF
+
+
+def keep_mask(x: Tensor, score: Tensor | None = None) -> Tensor:
+    """The 2 of 4 channels kept per group: those with the largest keys, ties to the lower channel.
+
+    Args:
+        x: ``(M, K)``, K a multiple of 4.
+        score: optional ``(K,)`` float32 factor on the magnitudes.
+
+    Returns:
+        ``(M, K)`` bool, exactly two True per group.
+    """
+    k0, k1, k2, k3 = selection_keys(x, score).unflatten(-1, (-1, GROUP)).unbind(-1)
+    # beaten[i] = how many channels of the group rank before channel i; a tie goes to the lower channel.
+    gt01, gt02, gt03, gt12, gt13, gt23 = k1 > k0, k2 > k0, k3 > k0, k2 > k1, k3 > k1, k3 > k2
+    first = torch.stack([gt01.to(torch.int8) + gt02 + gt03, (~gt01).to(torch.int8) + gt12 + gt13], -1)
+    second = torch.stack([(~gt02).to(torch.int8) + ~gt12 + gt23, (~gt03).to(torch.int8) + ~gt13 + ~gt23], -1)
+    return (torch.cat([first, second], -1) < 2).flatten(-2)
+
+
+def kept_positions(mask: Tensor) -> Tensor:
+    """``(M, K/4, 2)`` int64: the two kept positions (0..3) of every group of a `keep_mask`, ascending."""
+    b0, b1, b2, b3 = mask.unflatten(-1, (-1, GROUP)).unbind(-1)
+    low = torch.where(b0, 0, torch.where(b1, 1, 2))
+    high = torch.where(b3, 3, torch.where(b2, 2, 1))
+    return torch.stack([low, high], -1)
+
+
+def pack_metadata(positions: Tensor) -> Tensor:
+    """Kept positions ``(M, K/4, 2)`` → the metadata words ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32 of docs/format.md."""
+    m, groups, _ = positions.shape
+    blocks, tiles, *_ = metadata_shape(m, groups * GROUP)
+    nibbles = torch.full((tiles * TILE_ROWS, blocks * BLOCK_COLS // GROUP), _ZERO_GROUP_NIBBLE, dtype=torch.int64, device=positions.device)
+    nibbles[:m, :groups] = positions[..., 0] | positions[..., 1] << 2
+    places = torch.tensor([0, 4, 8, 12], device=positions.device)
+    halves = (nibbles.unflatten(1, (-1, 4)) << places).sum(-1)  # 16 bits: one row, 16 dense columns
+    # rows: tile, half of the tile, g;  columns: block, 64-column step j, q
+    halves = halves.view(tiles, 2, 8, blocks, 4, 4)
+    words = halves[:, 0] | halves[:, 1] << 16  # (tile, g, block, j, q)
+    words = words.permute(2, 0, 1, 4, 3).reshape(blocks, tiles, 32, 4)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_metadata(metadata: Tensor, m: int, k: int) -> Tensor:
+    """Inverse of `pack_metadata`: ``(M, K/4, 2)`` int64 kept positions."""
+    blocks, tiles, *_ = metadata.shape
+    words = metadata.long().view(blocks, tiles, 8, 4, 4).permute(1, 2, 0, 4, 3)  # (tile, g, block, j, q)
+    halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], 1).reshape(tiles * TILE_ROWS, blocks * 16)
+    nibbles = (halves[..., None] >> torch.tensor([0, 4, 8, 12], device=metadata.device) & 0xF).flatten(1)[:m, : k // GROUP]
+    return torch.stack([nibbles & 3, nibbles >> 2], -1)
+
+
+def kept_columns(metadata: Tensor, m: int, k: int) -> Tensor:
+    """``(M, K/2)`` int64: the dense column every compressed value came from."""
+    groups = torch.arange(k // GROUP, device=metadata.device)[:, None] * GROUP
+    return (unpack_metadata(metadata, m, k) + groups).flatten(1)
+
+
+def decompress(values: Tensor, metadata: Tensor) -> Tensor:
+    """Compressed values and metadata → ``S(X)``, ``(M, K)``, zeros where channels were dropped (no row scale)."""
+    m, half = values.shape
+    dense = values.new_zeros(m, half * 2)
+    return dense.scatter_(1, kept_columns(metadata, m, half * 2), values)
+
+
+def sparsify(
+    x: Tensor,
+    score: Tensor | None = None,
+    shift: Tensor | None = None,
+    comp_down: Tensor | None = None,
+    branch_input: BranchInput = "dropped",
+    norm_compensation: bool = True,
+    eps: float = EPS,
+) -> Sparsified:
+    """Select, compress, measure and project: see `rtlynx.ops.sparsify`, whose semantics this defines.
+
+    With ``X' = x - shift`` and ``S`` the selection::
+
+        row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
+        branch    = X' · comp_downᵀ                  for branch_input = "input"    (the paper's branch)
+                  = (X' - s·S(X')) · comp_downᵀ      for branch_input = "dropped"  (split: what selection dropped)
+    """
+    m, k = x.shape
+    x = shifted(x, shift)
+    mask = keep_mask(x, score)
+    positions = kept_positions(mask)
+    columns = (positions + torch.arange(k // GROUP, device=x.device)[:, None] * GROUP).flatten(1)
+    values = x.gather(1, columns)
+
+    row_scale = torch.empty(0, dtype=torch.float32, device=x.device)
+    if norm_compensation:
+        row_scale = (x.float().square().sum(1) / (values.float().square().sum(1) + eps)).sqrt()
+
+    branch = x.new_empty(m, 0)
+    if comp_down is not None:
+        z = x.float()
+        if branch_input == "dropped":
+            missed = (1 - row_scale)[:, None] * z if norm_compensation else torch.zeros_like(z)
+            z = torch.where(mask, missed, z)
+        branch = (z @ comp_down.float().T).to(x.dtype)
+    return Sparsified(values, pack_metadata(positions), row_scale, branch)
+
+
+def sparse_linear(
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None = None,
+    branch: Tensor | None = None,
+    comp_up: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``row_scale · (S(X) · weightᵀ) + branch · comp_upᵀ + bias`` in float32, rounded once: see `rtlynx.ops.sparse_linear`."""
+    out = decompress(values, metadata).float() @ weight.float().T
+    if row_scale is not None and row_scale.numel():
+        out = out * row_scale[:, None]
+    if branch is not None and comp_up is not None:
+        out = out + branch.float() @ comp_up.float().T
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(values.dtype)
