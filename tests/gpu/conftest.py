@@ -1,0 +1,46 @@
+"""GPU tests: skipped, with the reason, where there is no usable GPU; every tensor they allocate starts poisoned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device: run `nox -s test_gpu` on a machine with an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"compute capability {major}.{minor}, the kernels need 8.0"
+    from rtlynx import _core
+
+    return None if _core.device_code()["targets"] else "rtlynx was built without device code (RTLYNX_NO_DEVICE_CODE)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    mine = [item for item in items if here in item.path.parents]
+    reason = _why_not() if mine else None
+    for item in mine:
+        item.add_marker(pytest.mark.gpu)
+        if reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh allocations read as NaN (floats) or all ones (integers), so that an element nobody wrote cannot pass."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
