@@ -1,0 +1,129 @@
+"""Which linear layers of a model become sparse, and why the others do not: the one decision `apply` and `summary` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rtlynx.config import SparsityConfig
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.linear import SparseLinear
+from rtlynx.patterns import first_match
+from rtlynx.recipes import Recipe, find_recipe
+from rtlynx.reference import K_MULTIPLE, N_MULTIPLE
+
+SUPPORTED_DTYPES = {
+    "cuda": (torch.bfloat16, torch.float16),
+    "cpu": (torch.bfloat16, torch.float16, torch.float32),
+    "meta": (torch.bfloat16, torch.float16, torch.float32),  # not placed yet
+}
+"""Device type → the dtypes that have an implementation there."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One linear layer of a model and what is to become of it.
+
+    Attributes:
+        name: Full dotted name, without the ``.base_layer`` of a peft wrapper.
+        module: The layer itself.
+        reason: Why it stays dense; None if it is to be sparse.
+        wanted: Whether the configuration asks for it, so that a `reason` is a limitation rather than a choice.
+        per_sample: Whether the recipe says that it sees one row per sample instead of one per token.
+    """
+
+    name: str
+    module: nn.Linear
+    reason: str | None
+    wanted: bool
+    per_sample: bool
+
+
+def target_module(pipe_or_module: object, op: str) -> nn.Module:
+    """The module to work on: the argument itself, else a pipeline's ``transformer``, else its ``unet``; compiled wrappers removed.
+
+    Raises:
+        InvalidArgumentError: It is none of these.
+    """
+    for candidate in (pipe_or_module, getattr(pipe_or_module, "transformer", None), getattr(pipe_or_module, "unet", None)):
+        if isinstance(candidate, nn.Module):
+            inner = getattr(candidate, "_orig_mod", candidate)  # what torch.compile(module) wraps
+            return inner if isinstance(inner, nn.Module) else candidate
+    expected = "an nn.Module or a pipeline with a .transformer or .unet"
+    raise InvalidArgumentError(op, "pipe_or_module", type(pipe_or_module).__name__, expected)
+
+
+def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of every ``nn.Linear``, sparse ones and subclasses too; a layer used under two names comes once for each."""
+    for name, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, nn.Linear):
+            yield name, child
+
+
+def canonical(name: str) -> str:
+    """The layer's name without the ``.base_layer`` a peft wrapper adds, so that patterns and files survive adapters."""
+    return name.removesuffix(".base_layer")
+
+
+def sparse_layers(module: nn.Module) -> dict[str, SparseLinear]:
+    """Canonical name → every `SparseLinear` of a module, each object once, in the module's order."""
+    return {canonical(name): child for name, child in module.named_modules() if isinstance(child, SparseLinear)}
+
+
+def candidates(module: nn.Module, config: SparsityConfig) -> Iterator[Candidate]:
+    """Judge every linear layer of ``module`` under ``config``."""
+    recipe = find_recipe(module)
+    include = recipe.include if config.include is None else config.include
+    wrapped = {name.removesuffix("base_layer") for name, _ in module.named_modules(remove_duplicate=False) if name.endswith(".base_layer")}
+    for full_name, layer in linear_layers(module):
+        name = canonical(full_name)
+        adapter = full_name == name and any(name.startswith(prefix) for prefix in wrapped)
+        chosen = not adapter and first_match(name, include) is not None
+        skipped = first_match(name, config.skip) if chosen else None
+        wanted = chosen and skipped is None
+        reason: str | None
+        if adapter:
+            reason = "part of a peft adapter"
+        elif skipped is not None:
+            reason = f"skipped by the pattern {skipped!r}"
+        elif not chosen:
+            reason = _why_not_included(name, recipe, config)
+        else:
+            reason = unsupported(layer)
+        yield Candidate(name, layer, reason, wanted, first_match(name, recipe.per_sample) is not None)
+
+
+def unsupported(layer: nn.Linear) -> str | None:
+    """Why a layer cannot be sparse whatever the configuration says, or None if it can."""
+    if type(layer) not in (nn.Linear, SparseLinear):
+        return f"is a {type(layer).__qualname__}, and only a plain torch.nn.Linear can be replaced"
+    weight = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(layer.weight).__qualname__}, not a plain parameter"
+    if "forward" in layer.__dict__ and not isinstance(layer, SparseLinear):
+        return "its forward is wrapped (by an offloading hook?); call rtlynx.apply before that"
+    if layer.in_features % K_MULTIPLE:
+        return f"in_features = {layer.in_features} is not a multiple of {K_MULTIPLE}"
+    if layer.out_features % N_MULTIPLE:
+        return f"out_features = {layer.out_features} is not a multiple of {N_MULTIPLE}"
+    device, dtype = weight.device.type, weight.dtype
+    if device not in SUPPORTED_DTYPES:
+        return f"no implementation for device {device}"
+    if dtype not in SUPPORTED_DTYPES[device]:
+        return f"no implementation for {str(dtype).removeprefix('torch.')} on {device}"
+    if not weight.is_contiguous():
+        return "its weight is not contiguous"
+    return None
+
+
+def _why_not_included(name: str, recipe: Recipe, config: SparsityConfig) -> str:
+    if config.include is not None:
+        return "not among the included patterns"
+    if first_match(name, recipe.per_sample):
+        return "sees one row per sample, not one per token: nothing to gain"
+    if first_match(name, recipe.ends):
+        return "where tokens enter or leave the model: little to gain, much to lose"
+    return f"not named by the {recipe.name} recipe"

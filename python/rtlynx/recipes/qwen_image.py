@@ -1,0 +1,16 @@
+"""Qwen-Image: double-stream blocks throughout."""
+
+from rtlynx.recipes.recipe import Recipe
+
+QWEN_IMAGE = Recipe(
+    name="qwen-image",
+    classes=("QwenImageTransformer2DModel",),
+    include=(
+        "transformer_blocks.*.attn.{to_q,to_k,to_v,to_qkv,to_out.0}",
+        "transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj,to_added_qkv,to_add_out}",
+        "transformer_blocks.*.{img_mlp,txt_mlp}.net.{0.proj,2}",
+    ),
+    per_sample=("transformer_blocks.*.{img_mod,txt_mod}.1", "norm_out.linear", "time_text_embed.**"),
+    ends=("img_in", "txt_in", "proj_out"),
+    shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+)

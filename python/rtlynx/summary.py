@@ -1,0 +1,159 @@
+"""`summary`: for every linear layer of a model, whether it is sparse, why not, its shape, and the kernel that will run it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rtlynx.apply import applied_config
+from rtlynx.config import SparsityConfig
+from rtlynx.eligibility import Candidate, candidates, target_module
+from rtlynx.errors import RTLynxError
+from rtlynx.linear import SparseLinear
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One linear layer.
+
+    Attributes:
+        name: Full dotted name (without the ``.base_layer`` of a peft wrapper).
+        sparse: Whether its next forward is sparse.
+        reason: Why it is dense; empty for a sparse layer.
+        in_features: K.
+        out_features: N.
+        rank: Rank of the branch; 0 without one.
+        kernel: What runs it: a kernel's name, ``"reference (CPU)"``, or ``"torch"`` for a dense layer.
+        tokens: Rows it is counted with: the summary's, or 1 where the recipe says it sees one row per sample.
+    """
+
+    name: str
+    sparse: bool
+    reason: str
+    in_features: int
+    out_features: int
+    rank: int
+    kernel: str
+    tokens: int
+
+    @property
+    def flops(self) -> int:
+        """2·M·N·K of the dense product with M = `tokens`."""
+        return 2 * self.tokens * self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` returns: iterate for the rows, print for a table.
+
+    Attributes:
+        model: Class name of the model.
+        tokens: M, the rows that every token-wise layer is counted with.
+        rows: One per linear layer, in the model's order.
+    """
+
+    model: str
+    tokens: int
+    rows: tuple[LayerSummary, ...]
+
+    def __iter__(self) -> Iterator[LayerSummary]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def sparse_flops_share(self) -> float:
+        """Share of the linear layers' FLOPs (2·M·N·K each) that sparse layers do; attention's own products are not counted.
+
+        Every token-wise layer counts with the same M, image and text streams alike; layers that see one row per sample count with M = 1.
+        """
+        total = sum(row.flops for row in self.rows)
+        return sum(row.flops for row in self.rows if row.sparse) / total if total else 0.0
+
+    def __str__(self) -> str:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("layer", "count", "K → N", "state", "rank", "kernel, or why dense"):
+            table.add_column(heading, justify="right" if heading in ("count", "rank") else "left", overflow="fold")
+        for row, count in self._grouped():
+            state = "sparse" if row.sparse else "dense"
+            why = row.kernel if row.sparse else row.reason
+            table.add_row(row.name, str(count), f"{row.in_features} → {row.out_features}", state, str(row.rank or "-"), why)
+        text = io.StringIO()
+        Console(file=text, width=160, color_system=None).print(table)
+        sparse = sum(row.sparse for row in self.rows)
+        share = f"{sparse} of {len(self)} linear layers are sparse, {self.sparse_flops_share:.1%} of their FLOPs at {self.tokens} tokens"
+        lines = [line.rstrip() for line in text.getvalue().splitlines()]
+        return "\n".join([self.model, *lines, share])
+
+    def _grouped(self) -> list[tuple[LayerSummary, int]]:
+        """Rows that differ only in a block's number, as one row with ``*`` in its name, and their count."""
+        counts: dict[LayerSummary, int] = {}
+        for row in self.rows:
+            # a number followed by a dot is a block's index; the last one (net.2, to_out.0) tells layers of a block apart
+            key = replace(row, name=re.sub(r"\.\d+\.", ".*.", row.name, count=1))
+            counts[key] = counts.get(key, 0) + 1
+        return list(counts.items())
+
+
+def summary(pipe_or_module: object, tokens: int = 4096) -> Summary:
+    """Say for every linear layer of a model: sparse or dense, why, its shape and its kernel.
+
+    Args:
+        pipe_or_module: A module, or a pipeline with a ``.transformer`` or ``.unet``.
+        tokens: M to plan kernels and weigh layers with; 4096 is 1024×1024 pixels in FLUX.1, Qwen-Image and Z-Image.
+
+    Raises:
+        InvalidArgumentError: `pipe_or_module` has no module.
+    """
+    root = target_module(pipe_or_module, "summary")
+    config = applied_config(root)
+    rows = (_row(candidate, config is not None, tokens) for candidate in candidates(root, config or SparsityConfig()))
+    return Summary(type(root).__name__, tokens, tuple(rows))
+
+
+def _row(candidate: Candidate, applied: bool, tokens: int) -> LayerSummary:
+    layer = candidate.module
+    make = partial(
+        LayerSummary,
+        name=candidate.name,
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        tokens=1 if candidate.per_sample else tokens,
+    )
+    if not isinstance(layer, SparseLinear):
+        added = "added or replaced since rtlynx.apply" if applied else "rtlynx.apply was not called on this model"
+        return make(sparse=False, reason=candidate.reason or added, rank=0, kernel="torch")
+    if layer.dense:
+        return make(sparse=False, reason="its `dense` switch is on", rank=layer.rank, kernel="torch")
+    return make(sparse=True, reason="", rank=layer.rank, kernel=planned_kernel(layer, tokens))
+
+
+def planned_kernel(layer: SparseLinear, tokens: int) -> str:
+    """What will run ``layer`` on ``tokens`` rows where its weight is now; the error message where nothing can."""
+    device = layer.weight.device
+    if device.type == "cpu":
+        return "reference (CPU)"
+    if device.type != "cuda":
+        return f"none on device {device.type}"
+    try:
+        from rtlynx import _core
+
+        return _core.plan_sparse_linear(
+            capability=torch.cuda.get_device_capability(device),
+            sms=torch.cuda.get_device_properties(device).multi_processor_count,
+            m=tokens,
+            n=layer.out_features,
+            k=layer.in_features,
+            rank=layer.rank,
+            dtype=str(layer.weight.dtype).removeprefix("torch."),
+        )
+    except (ImportError, RTLynxError) as error:
+        return f"none: {error}"

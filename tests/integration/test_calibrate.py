@@ -1,0 +1,279 @@
+"""`calibrate` on a small FLUX: the branch helps, files travel, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import rtlynx
+from rtlynx import Compensation, CompensationMismatchError, InvalidArgumentError, SparsityConfig
+from rtlynx.calibrate.collect import all_dense
+from rtlynx.eligibility import sparse_layers
+from tiny_models import TINY, output, relative_error
+
+F32 = torch.float32
+
+
+class Pipe:
+    """The least that counts as a pipeline: prompts seed the text, the generator the noise, a few Euler steps follow."""
+
+    def __init__(self) -> None:
+        self.transformer = TINY["flux"].build("cpu", F32)
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(
+        self, prompt: Sequence[str], num_inference_steps: int = 2, generator: torch.Generator | None = None, output_type: str = "pil"
+    ) -> Tensor:
+        self.calls.append({"prompt": prompt, "seed": generator and generator.initial_seed(), "output_type": output_type})
+        inputs = TINY["flux"].inputs("cpu", F32)
+        inputs["hidden_states"] = torch.randn(inputs["hidden_states"].shape, generator=generator)
+        text = torch.Generator().manual_seed(hash(tuple(map(len, prompt))) % 1000)
+        inputs["encoder_hidden_states"] = torch.randn(inputs["encoder_hidden_states"].shape, generator=text)
+        for step in range(num_inference_steps):
+            inputs["timestep"] = torch.full((2,), 1 - step / num_inference_steps)
+            inputs["hidden_states"] = inputs["hidden_states"] - output(self.transformer, inputs) / num_inference_steps
+        return inputs["hidden_states"]
+
+
+PROMPTS = ["a red square", "a very blue circle on a chequered ground", "two", "green triangle"]
+
+
+def layer_errors(pipe: Pipe) -> dict[str, float]:
+    """Relative output error of every sparse layer on the dense model's activations during calibration."""
+    layers = sparse_layers(pipe.transformer)
+    inputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers.values()}
+    with ExitStack() as hooks, all_dense(layers):
+        for layer in layers.values():
+            handle = layer.register_forward_pre_hook(lambda module, args: inputs[module].append(args[0].reshape(-1, args[0].shape[-1])))
+            hooks.callback(handle.remove)
+        for i, prompt in enumerate(PROMPTS):
+            pipe([prompt], generator=torch.Generator().manual_seed(i))
+    errors = {}
+    for name, layer in layers.items():
+        x = torch.cat(inputs[layer])
+        with torch.no_grad():
+            errors[name] = relative_error(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    return errors
+
+
+class Calibrated(NamedTuple):
+    """A pipeline with split of rank 32, its saved file, and errors on the way: of layers, and of the model on an unseen input."""
+
+    pipe: Pipe
+    path: Path
+    layers: dict[str, dict[str, float]]
+    unseen: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    pipe, inputs = Pipe(), TINY["flux"].inputs("cpu", F32)
+    want = output(pipe.transformer, inputs)
+    layers, unseen = {}, {}
+    rtlynx.apply(pipe, SparsityConfig(rank=32))
+    for method in ("norm", "paper", "split"):
+        if method != "norm":
+            compensation = rtlynx.calibrate(pipe, PROMPTS, method=method, progress=False)  # type: ignore[arg-type]
+            assert compensation.method == method
+        layers[method], unseen[method] = layer_errors(pipe), relative_error(output(pipe.transformer, inputs), want)
+    path = tmp_path_factory.mktemp("compensation") / "tiny.safetensors"
+    compensation.save(path)
+    return Calibrated(pipe, path, layers, unseen)
+
+
+def test_the_branch_lowers_the_error_of_every_layer(calibrated: Calibrated) -> None:
+    assert len(calibrated.layers["norm"]) == TINY["flux"].sparse_layers
+    for name, without in calibrated.layers["norm"].items():
+        paper, split = calibrated.layers["paper"][name], calibrated.layers["split"][name]
+        assert split < paper < 0.97 * without, name
+
+
+def test_split_lowers_the_error_of_the_model_on_unseen_input(calibrated: Calibrated) -> None:
+    assert calibrated.unseen["split"] < 0.8 * calibrated.unseen["norm"], calibrated.unseen
+
+
+def test_the_pipeline_is_called_as_documented() -> None:
+    pipe = Pipe()
+    rtlynx.apply(pipe, SparsityConfig(rank=16))
+    rtlynx.calibrate(pipe, PROMPTS[:3], batch_size=2, seed=7, progress=False, num_inference_steps=1)
+    assert pipe.calls == [
+        {"prompt": PROMPTS[:2], "seed": 7, "output_type": "latent"},
+        {"prompt": PROMPTS[2:3], "seed": 9, "output_type": "latent"},
+    ]
+    assert all(layer.rank == 16 and not layer.dense for layer in sparse_layers(pipe.transformer).values())
+    assert {row.rank for row in rtlynx.summary(pipe) if row.sparse} == {16}
+
+
+def test_statistics_come_from_the_dense_model_and_hooks_go_away() -> None:
+    pipe = Pipe()
+    inputs = TINY["flux"].inputs("cpu", F32)
+    want = output(pipe.transformer, inputs)
+    rtlynx.apply(pipe, SparsityConfig(rank=16))
+    seen = []
+    rtlynx.calibrate(pipe, run=lambda: seen.append(output(pipe.transformer, inputs)), progress=False)
+    assert len(seen) == 1 and torch.equal(seen[0], want)
+    assert not any(layer._forward_pre_hooks for layer in sparse_layers(pipe.transformer).values())
+
+
+def test_little_memory_means_more_passes_and_the_same_result() -> None:
+    inputs = TINY["flux"].inputs("cpu", F32)
+    results = []
+    for memory in (None, 4 * 640**2):
+        pipe = Pipe()
+        rtlynx.apply(pipe, SparsityConfig(rank=16))
+        runs = []
+        compensation = rtlynx.calibrate(
+            pipe,
+            run=lambda runs=runs, pipe=pipe: runs.append(output(pipe.transformer, inputs)),
+            memory=memory,
+            progress=False,
+            max_tokens=50,
+        )
+        results.append((len(runs), compensation))
+    assert results[0][0] == 1 and results[1][0] > 2
+    for name, tensor in results[0][1].tensors.items():
+        assert torch.equal(tensor, results[1][1].tensors[name]), name
+
+
+def test_a_failed_run_leaves_the_model_as_it_was(calibrated: Calibrated) -> None:
+    pipe = calibrated.pipe
+    inputs = TINY["flux"].inputs("cpu", F32)
+    before = output(pipe.transformer, inputs)
+
+    def run() -> None:
+        output(pipe.transformer, inputs)
+        raise RuntimeError("out of coffee")
+
+    with pytest.raises(RuntimeError, match="coffee"):
+        rtlynx.calibrate(pipe, run=run, method="paper", progress=False)
+    assert torch.equal(output(pipe.transformer, inputs), before)
+    assert not any(layer._forward_pre_hooks or layer.dense for layer in sparse_layers(pipe.transformer).values())
+
+
+def test_non_finite_activations_name_the_layer() -> None:
+    pipe = Pipe()
+    rtlynx.apply(pipe, SparsityConfig(rank=16))
+    inputs = TINY["flux"].inputs("cpu", F32)
+    with torch.no_grad():
+        pipe.transformer.transformer_blocks[0].ff.net[0].proj.bias[3] = float("nan")
+    with pytest.raises(InvalidArgumentError, match=r"input of transformer_blocks\.0\.ff\.net\.2"):
+        rtlynx.calibrate(pipe, run=lambda: output(pipe.transformer, inputs), progress=False)
+
+
+def test_few_tokens_and_unused_layers_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.ModuleDict({"used": nn.Linear(64, 64), "unused": nn.Linear(64, 64), "small": nn.Linear(64, 8)})
+    rtlynx.apply(module, SparsityConfig(include=("**",)))
+    with caplog.at_level(logging.WARNING, "rtlynx"):
+        rtlynx.calibrate(module, run=lambda: (module["used"](torch.randn(20, 64)), module["small"](torch.randn(200, 64))), progress=False)
+    assert "1 layers saw fewer than 2 tokens per channel, first used" in caplog.text
+    assert "unused was never called" in caplog.text
+    assert "small is too small for a branch" in caplog.text
+    assert [module[name].rank for name in ("used", "unused", "small")] == [64, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piece"),
+    [
+        ({}, "prompts and run"),
+        ({"prompts": ["a"], "run": print}, "prompts and run"),
+        ({"prompts": []}, "at least one"),
+        ({"prompts": ["a"], "method": "magic"}, "'magic'"),
+        ({"prompts": ["a"], "rank": 10}, "multiple of 16"),
+        ({"prompts": ["a"], "rank": 0}, "a branch to fit"),
+        ({"prompts": ["a"], "batch_size": 0}, "at least one"),
+        ({"prompts": ["a"], "max_tokens": 0}, "max_tokens"),
+        ({"run": print, "steps": 3}, "steps"),
+    ],
+)
+def test_bad_arguments(calibrated: Calibrated, arguments: dict[str, Any], piece: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=piece):
+        rtlynx.calibrate(calibrated.pipe, **arguments)
+
+
+def test_models_that_are_not_ready() -> None:
+    with pytest.raises(InvalidArgumentError, match="without sparse layers"):
+        rtlynx.calibrate(Pipe(), ["a"])
+    module = rtlynx.apply(TINY["flux"].build("cpu", F32))
+    with pytest.raises(InvalidArgumentError, match="bare module"):
+        rtlynx.calibrate(module, ["a"])
+    with pytest.raises(InvalidArgumentError, match="stayed dense"):
+        rtlynx.calibrate(rtlynx.apply(nn.Sequential(nn.Linear(3, 3)), SparsityConfig(include=("0",))), run=print)
+    rtlynx.apply(module, SparsityConfig(branch="none"))
+    with pytest.raises(InvalidArgumentError, match="a branch to fit"):
+        rtlynx.calibrate(module, run=print)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_file_gives_another_copy_of_the_model_the_same_output(calibrated: Calibrated, applied: bool) -> None:
+    pipe, path = calibrated.pipe, calibrated.path
+    other = Pipe()
+    if applied:
+        rtlynx.apply(other)
+    loaded = rtlynx.load_compensation(other, path)
+    inputs = TINY["flux"].inputs("cpu", F32)
+    assert torch.equal(output(other.transformer, inputs), output(pipe.transformer, inputs))
+    assert loaded.config == SparsityConfig(rank=32) and loaded.method == "split"
+
+
+def test_saving_what_a_model_holds_saves_the_same(calibrated: Calibrated, tmp_path: Path) -> None:
+    pipe, path = calibrated.pipe, calibrated.path
+    rtlynx.save_compensation(pipe, tmp_path / "again.safetensors")
+    again, first = Compensation.load(tmp_path / "again.safetensors"), Compensation.load(path)
+    assert (again.config, again.layers) == (first.config, first.layers)
+    assert again.tensors.keys() == first.tensors.keys()
+    assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in first.tensors)
+
+
+def test_layers_kept_dense_are_left_alone(calibrated: Calibrated) -> None:
+    other = Pipe()
+    rtlynx.apply(other, SparsityConfig(skip=("single_transformer_blocks.*.proj_out",)))
+    rtlynx.load_compensation(other, calibrated.path)
+    ranks = {row.name: row.rank for row in rtlynx.summary(other)}
+    assert ranks["single_transformer_blocks.0.proj_out"] == 0
+    assert ranks["single_transformer_blocks.0.proj_mlp"] == 32
+
+
+def test_another_model_is_refused_and_left_unchanged(calibrated: Calibrated) -> None:
+    other = Pipe()
+    with torch.no_grad():
+        other.transformer.transformer_blocks[0].attn.to_k.weight.mul_(1.01)
+    with pytest.raises(CompensationMismatchError, match=r"1 of 22 layers differ, first transformer_blocks\.0\.attn\.to_k"):
+        rtlynx.load_compensation(other, calibrated.path)
+    assert not sparse_layers(other.transformer)
+    qwen = TINY["qwen_image"].build("cpu", F32)
+    with pytest.raises(CompensationMismatchError, match="made without transformer_blocks"):
+        rtlynx.load_compensation(qwen, calibrated.path)
+    with pytest.raises(CompensationMismatchError, match="no sparse layer"):
+        rtlynx.load_compensation(nn.Sequential(nn.Linear(3, 3)), calibrated.path)
+
+
+def test_other_arithmetic_is_refused(calibrated: Calibrated) -> None:
+    other = Pipe()
+    rtlynx.apply(other, SparsityConfig(branch="input"))
+    with pytest.raises(CompensationMismatchError, match="branch='input'"):
+        rtlynx.load_compensation(other, calibrated.path)
+    assert all(layer.rank == 0 for layer in sparse_layers(other.transformer).values())
+
+
+def test_other_files_are_refused(tmp_path: Path, calibrated: Calibrated) -> None:
+    (tmp_path / "text").write_text("not a tensor in sight, but long enough to be read as a header")
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain")
+    metadata = {"format": "rtlynx-compensation", "format_version": "99", "config": json.dumps({}), "layers": "{}"}
+    save_file({"a": torch.zeros(1)}, tmp_path / "newer", metadata)
+    for name, piece in (("text", "not a safetensors file"), ("plain", "not a compensation file"), ("newer", "format version 99")):
+        with pytest.raises(CompensationMismatchError, match=piece):
+            Compensation.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        Compensation.load(tmp_path / "absent")

@@ -1,0 +1,67 @@
+"""`torch.compile` traces sparse layers without graph breaks and without recompiling for every number of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+import rtlynx
+from rtlynx import SparseLinear, SparsityConfig
+from tiny_models import TINY, output
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def layer(config: SparsityConfig | None = None) -> SparseLinear:
+    torch.manual_seed(0)
+    layer = SparseLinear.from_linear(nn.Linear(128, 64), config)
+    layer.set_compensation(torch.randn(16, 128) / 8, torch.randn(64, 16) / 8, torch.randn(128))
+    return layer
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "weight"])
+def test_one_graph_serves_any_number_of_tokens(selection: str) -> None:
+    eager = layer(SparsityConfig(selection=selection))  # type: ignore[arg-type]
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (5, 64, 131):
+        x = torch.randn(2, tokens, 128)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_gradients_through_compiled_layers() -> None:
+    eager = layer()
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for module in (eager, compiled):
+        x = torch.randn(7, 128, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        module(x).square().sum().backward()
+        assert x.grad is not None and eager.weight.grad is not None
+        gradients.append((x.grad, eager.weight.grad.clone()))
+        eager.zero_grad()
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_repeated_blocks_of_a_diffusers_model() -> None:
+    tiny = TINY["flux"]
+    model, inputs = rtlynx.apply(tiny.build("cpu", torch.float32)), tiny.inputs("cpu", torch.float32)
+    want = output(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")  # type: ignore[operator]
+    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
+
+
+def test_calibrating_a_compiled_model_sees_its_activations() -> None:
+    tiny = TINY["flux"]
+    model, inputs = rtlynx.apply(tiny.build("cpu", torch.float32), SparsityConfig(rank=16)), tiny.inputs("cpu", torch.float32)
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")  # type: ignore[operator]
+    before = output(model, inputs)  # traced without hooks
+    rtlynx.calibrate(model, run=lambda: output(model, inputs), progress=False)
+    assert all(m.rank == 16 for m in model.modules() if isinstance(m, SparseLinear))
+    after = output(model, inputs)  # and retraced with the branch
+    assert not torch.equal(after, before)

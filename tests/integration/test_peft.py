@@ -1,0 +1,103 @@
+"""Adapters on sparse layers, and sparse layers under adapters that are there already."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import rtlynx
+from rtlynx import SparseLinear, SparsityConfig
+from tiny_models import TINY, output, relative_error
+
+TARGETS = ["to_q", "to_k", "proj_mlp", "ff.net.0.proj"]
+
+
+def flux() -> tuple[Any, dict[str, Any]]:
+    return TINY["flux"].build("cpu", torch.float32), TINY["flux"].inputs("cpu", torch.float32)
+
+
+def add_lora(model: Any, name: str = "style") -> None:
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own
+        model.add_adapter(LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False), adapter_name=name)
+
+
+def delta(layer: nn.Module, name: str = "style") -> Tensor:
+    return layer.get_delta_weight(name).detach()  # type: ignore[operator, no-any-return]
+
+
+def test_an_adapter_on_a_sparse_model() -> None:
+    model, inputs = flux()
+    rtlynx.apply(model)
+    sparse_only = output(model, inputs)
+    add_lora(model)
+    to_q = model.transformer_blocks[0].attn.to_q
+    assert isinstance(to_q.base_layer, SparseLinear)
+
+    # unfused: the sparse layer plus a dense low-rank product
+    x = torch.randn(5, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(to_q(x), to_q.base_layer(x) + x @ delta(to_q).T, rtol=1e-4, atol=1e-4)
+    with_adapter = output(model, inputs)
+    assert relative_error(with_adapter, sparse_only) > 1e-3
+
+    # fused: the sparse layer of the changed weight
+    weight = to_q.base_layer.weight.detach().clone()
+    model.fuse_lora()
+    fused = to_q.base_layer.weight.detach()
+    torch.testing.assert_close(fused, weight + delta(to_q), rtol=1e-5, atol=1e-6)
+    assert relative_error(output(model, inputs), with_adapter) < 0.5
+    model.unfuse_lora()
+    assert relative_error(output(model, inputs), with_adapter) < 1e-3  # the weight comes back up to rounding
+
+    # the compensation is not an adapter: removing adapters leaves the layers sparse
+    model.unload_lora()
+    assert isinstance(model.transformer_blocks[0].attn.to_q, SparseLinear)
+    assert relative_error(output(model, inputs), sparse_only) < 1e-3
+
+
+def test_applying_to_a_model_with_an_adapter_and_removing_again() -> None:
+    model, inputs = flux()
+    add_lora(model)
+    want = output(model, inputs)
+    config = SparsityConfig(rank=16)
+    rtlynx.apply(model, config)
+    to_q = model.transformer_blocks[0].attn.to_q
+    assert type(to_q).__module__.startswith("peft") and isinstance(to_q.base_layer, SparseLinear)
+    rows = {row.name: row for row in rtlynx.summary(model)}
+    assert rows["transformer_blocks.0.attn.to_q"].sparse
+    assert rows["transformer_blocks.0.attn.to_q.lora_A.style"].reason == "part of a peft adapter"
+    assert sum(row.sparse for row in rows.values()) == TINY["flux"].sparse_layers
+    assert relative_error(output(model, inputs), want) > 1e-3
+    rtlynx.remove(model)
+    assert torch.equal(output(model, inputs), want)
+
+
+def test_patterns_never_reach_into_an_adapter() -> None:
+    model, _ = flux()
+    add_lora(model)
+    rtlynx.apply(model, SparsityConfig(include=("**",)))
+    assert not any(isinstance(m, SparseLinear) for name, m in model.named_modules() if "lora_" in name)
+
+
+def test_compensation_files_do_not_mind_adapters(tmp_path: Any) -> None:
+    plain, inputs = flux()
+    rtlynx.apply(plain, SparsityConfig(rank=16))
+    rtlynx.calibrate(plain, run=lambda: output(plain, inputs), progress=False)
+    rtlynx.save_compensation(plain, tmp_path / "c.safetensors")
+    wrapped, _ = flux()
+    add_lora(wrapped)
+    rtlynx.load_compensation(wrapped, tmp_path / "c.safetensors")
+    assert wrapped.transformer_blocks[0].attn.to_q.base_layer.rank == 16
+    wrapped.disable_adapters()
+    torch.testing.assert_close(output(wrapped, inputs), output(plain, inputs), rtol=1e-5, atol=1e-5)
+    wrapped.enable_adapters()
+    wrapped.fuse_lora()
+    with pytest.raises(rtlynx.CompensationMismatchError, match="fused LoRA"):
+        rtlynx.load_compensation(wrapped, tmp_path / "c.safetensors")

@@ -1,0 +1,264 @@
+"""`SparseLinear`: its arithmetic, and that it stays an nn.Linear in every way that others rely on."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, reference
+
+K, N, RANK = 128, 72, 16
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def make(config: SparsityConfig | None = None, dtype: torch.dtype = torch.float32, bias: bool = True) -> SparseLinear:
+    torch.manual_seed(0)
+    return SparseLinear.from_linear(nn.Linear(K, N, bias, dtype=dtype), config)
+
+
+def compensated(config: SparsityConfig | None = None, dtype: torch.dtype = torch.float32, shift: bool = True) -> SparseLinear:
+    layer = make(config, dtype)
+    layer.set_compensation(torch.randn(RANK, K) / 8, torch.randn(N, RANK) / 8, torch.randn(K) / 4 if shift else None)
+    return layer
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("branch", ["none", "input", "dropped"])
+@pytest.mark.parametrize("norm_compensation", [True, False])
+@pytest.mark.parametrize("selection", ["magnitude", "weight"])
+def test_forward_is_the_formula(branch: str, norm_compensation: bool, selection: str) -> None:
+    config = SparsityConfig(branch=branch, norm_compensation=norm_compensation, selection=selection)  # type: ignore[arg-type]
+    layer = make(config) if branch == "none" else compensated(config)
+    x = tokens(5, 7).flatten(0, 1)
+    w, z = layer.weight.double(), x.double()
+    if layer.shift is not None:
+        z = (x - layer.shift).double()
+    score = layer.weight.norm(dim=0) if selection == "weight" else None
+    kept = torch.where(reference.keep_mask(z.float(), score), z, 0)
+    scale = (z.square().sum(1) / kept.square().sum(1)).sqrt() if norm_compensation else torch.ones(len(x), dtype=torch.float64)
+    scaled = scale[:, None] * kept
+    want = scaled @ w.T + layer.bias.double()
+    if layer.shift is not None:
+        want += layer.shift.double() @ w.T
+    if layer.comp_down is not None and layer.comp_up is not None:
+        read = z if branch == "input" else z - scaled
+        want += read @ layer.comp_down.double().T @ layer.comp_up.double().T
+    torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5), (2, 3, 4), (0,), (2, 0, 3)])
+def test_leading_dimensions_and_dtype_pass_through(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    layer = compensated(dtype=dtype)
+    x = tokens(*shape, dtype=dtype)
+    y = layer(x)
+    assert y.shape == (*shape, N)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.reshape(-1, N), layer(x.reshape(-1, K)), rtol=0, atol=0)
+
+
+def test_non_contiguous_input() -> None:
+    layer = compensated()
+    x = tokens(4, 6)
+    torch.testing.assert_close(layer(x.transpose(0, 1)), layer(x).transpose(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_switch_is_exactly_the_linear(dtype: torch.dtype) -> None:
+    layer = compensated(dtype=dtype)
+    x = tokens(9, dtype=dtype)
+    assert not torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.dense = True
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_full_rank_split_branch_restores_the_dense_layer() -> None:
+    # rank 64 = K with C = Wᵀ: S(X)Wᵀ + (X - S(X))Wᵀ = XWᵀ
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64)
+    layer = SparseLinear.from_linear(linear)
+    layer.set_compensation(torch.eye(64), linear.weight)
+    x = torch.randn(33, 64)
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_shift_moves_a_constant_part_out_of_the_way() -> None:
+    layer = make(SparsityConfig(norm_compensation=False))
+    constant = torch.randn(K) * 3
+    x = constant.expand(5, K).contiguous()
+    layer.set_compensation(shift=constant)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_and_hooks_are_shared_both_ways() -> None:
+    linear = nn.Linear(K, N).eval()
+    calls: list[str] = []
+    handle = linear.register_forward_hook(lambda *_: calls.append("forward"))
+    linear.register_forward_pre_hook(lambda *_: calls.append("pre"))
+    linear.note = "set from outside"  # type: ignore[assignment]
+    linear.weight.requires_grad_(False)
+    layer = SparseLinear.from_linear(linear)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert not layer.training and layer.note == "set from outside"
+    layer(tokens(2))
+    assert calls == ["pre", "forward"]
+    handle.remove()  # a handle from before still works
+    back = layer.to_linear()
+    assert type(back) is nn.Linear
+    assert back.weight is linear.weight and back.bias is linear.bias
+    assert not {"dense", "branch", "selection", "norm_compensation"} & set(back.__dict__)
+    back(tokens(2))
+    assert calls == ["pre", "forward", "pre"]
+
+
+def test_a_wrapped_forward_cannot_move() -> None:
+    linear = nn.Linear(K, N)
+    linear.forward = linear.forward  # type: ignore[method-assign]  # what offloading hooks do
+    with pytest.raises(InvalidArgumentError, match="hook"):
+        SparseLinear.from_linear(linear)
+
+
+def test_is_a_linear_with_its_state_dict() -> None:
+    linear, layer = nn.Linear(K, N), make()
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    layer.load_state_dict(linear.state_dict(), strict=True)
+    assert torch.equal(layer.weight, linear.weight)
+    assert not any("lora" in name for name, _ in compensated().named_parameters())
+
+
+@pytest.mark.parametrize("start", ["fresh", "other rank"])
+@pytest.mark.parametrize("shift", [True, False])
+def test_state_dict_with_compensation_loads_into_a_layer_without(start: str, shift: bool) -> None:
+    config = SparsityConfig(selection="weight")
+    source, target = compensated(config, shift=shift), make(config)
+    nn.init.normal_(target.weight)
+    if start == "other rank":
+        target.set_compensation(torch.zeros(32, K), torch.zeros(N, 32))
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target.load_state_dict(torch.load(file), strict=True)
+    x = tokens(6)
+    assert torch.equal(target(x), source(x))
+    assert target.score is not None and torch.equal(target.score, source.weight.norm(dim=0))
+
+
+def test_state_dict_of_another_layer_is_refused() -> None:
+    other = SparseLinear.from_linear(nn.Linear(K, N + 8))
+    other.set_compensation(torch.zeros(RANK, K), torch.zeros(N + 8, RANK))
+    with pytest.raises(RuntimeError, match="comp_up"):
+        make().load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match="comp_down"):  # a layer without a branch has no place for one
+        make(SparsityConfig(branch="none")).load_state_dict(compensated(shift=False).state_dict())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_compute_the_same_and_share_nothing(how: str) -> None:
+    layer = compensated(SparsityConfig(selection="weight"))
+    twin = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    x = tokens(4)
+    assert torch.equal(twin(x), layer(x))
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert not torch.equal(twin(x), layer(x))
+
+
+def test_casting_keeps_selection_in_float32() -> None:
+    layer = compensated(SparsityConfig(selection="weight"))
+    score, shift = layer.score, layer.shift
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == layer.comp_down.dtype == layer.comp_up.dtype == layer.comp_bias.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert score is not None and shift is not None and layer.score is not None and layer.shift is not None
+    assert torch.equal(layer.score, score) and torch.equal(layer.shift, shift)
+    assert layer(tokens(3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_meta_device_then_loaded() -> None:
+    config = SparsityConfig(selection="weight")
+    source = make(config)
+    layer = SparseLinear(K, N, device="meta", config=config).to(torch.bfloat16)
+    assert layer.score is not None and layer.score.is_meta
+    layer = layer.to_empty(device="cpu").float()
+    layer.load_state_dict(source.state_dict())
+    assert torch.equal(layer(tokens(3)), source(tokens(3)))
+
+
+def test_score_follows_the_weight_when_asked() -> None:
+    layer = make(SparsityConfig(selection="weight"))
+    with torch.no_grad():
+        layer.weight[:, 0] = 100
+    layer.update_score()
+    assert layer.score is not None
+    torch.testing.assert_close(layer.score, layer.weight.norm(dim=0))
+    assert "score" not in layer.state_dict()
+
+
+def test_gradients_reach_input_weight_bias_and_branch() -> None:
+    layer = compensated()
+    for parameter in layer.parameters():
+        parameter.requires_grad_()
+    x = tokens(4).requires_grad_()
+    layer(x).square().sum().backward()
+    for name, tensor in [("x", x), *layer.named_parameters()]:
+        assert tensor.grad is not None and tensor.grad.abs().sum() > 0, name
+
+
+def test_compensation_does_not_ask_for_gradients_by_itself() -> None:
+    assert not any(p.requires_grad for name, p in compensated().named_parameters() if name.startswith("comp"))
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "expected"),
+    [
+        ((8, K), (N, 8), "multiple of 16"),
+        ((144, K), (N, 144), "up to 128"),
+        ((16, K), (N, 32), "shapes"),
+        ((16, N), (N, 16), "shapes"),
+        ((16, K), None, "both or neither"),
+    ],
+)
+def test_wrong_factors_are_refused_and_change_nothing(down: tuple[int, int], up: tuple[int, int] | None, expected: str) -> None:
+    layer = compensated()
+    before = layer(tokens(3))
+    with pytest.raises(InvalidArgumentError, match=expected):
+        layer.set_compensation(torch.zeros(down), None if up is None else torch.zeros(up))
+    with pytest.raises(InvalidArgumentError, match="shift"):
+        layer.set_compensation(shift=torch.zeros(K + 1))
+    assert torch.equal(layer(tokens(3)), before)
+
+
+def test_clearing_the_compensation() -> None:
+    layer = compensated()
+    layer.set_compensation()
+    assert layer.rank == 0
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert torch.equal(layer(tokens(3)), make()(tokens(3)))
+
+
+def test_repr_says_what_matters() -> None:
+    text = repr(compensated())
+    for piece in (
+        f"in_features={K}",
+        "rank=16",
+        "branch=dropped",
+        "norm_compensation=True",
+        "selection=magnitude",
+        "shift=True",
+        "dense=False",
+    ):
+        assert piece in text
+
+
+def test_wrong_dtype_is_refused_by_the_op() -> None:
+    with pytest.raises(InvalidArgumentError, match="weight"):
+        make()(tokens(3, dtype=torch.bfloat16))
