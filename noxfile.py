@@ -1,0 +1,162 @@
+"""Every task of the project, one session each: ``nox -l`` lists them, ``nox -s test`` runs one.
+
+The sessions that run the package share one virtual environment, ``.nox/rtlynx``, because torch is several gigabytes: the first one
+installs it, the others find it there. Arguments after ``--`` go to the session's main command: ``nox -s test -- -k sparsify``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["test"]
+
+HOME = Path(".nox/rtlynx").resolve()
+BIN = HOME / "bin"
+TOOLCHAIN = Path(".nox/nvcc").resolve()
+"""nvcc from PyPI, away from torch, which pins other releases of the same CUDA wheels."""
+PYTHON_FILES = ("python", "tests", "noxfile.py")
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Make images with a small diffusion transformer, dense and sparse side by side."""
+    install(session, strict=False)
+    run(session, "rtlynx", "info")
+    run(session, "rtlynx", "demo", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def test(session: nox.Session) -> None:
+    """Everything that needs no GPU: lint, Rust and Python tests, all device code compiled without a warning or a spill."""
+    install(session, "[dev]")
+    check_style(session)
+    run(session, "cargo", "test", "--workspace", "--locked")
+    run(session, "pytest", "tests/unit", "tests/integration", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def test_gpu(session: nox.Session) -> None:
+    """The kernels against the reference, on this machine's GPU."""
+    install(session, "[dev]")
+    run(session, "pytest", "tests/gpu", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def sanitize(session: nox.Session) -> None:
+    """The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory, reads of memory never written."""
+    install(session, "[dev]")
+    sanitizer = compute_sanitizer(session)
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        options = ("--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
+        run(session, sanitizer, *options, "python", "-m", "pytest", "tests/gpu", "-x", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Format, style, types and the generated stub. Part of `test`."""
+    install(session, "[dev]")
+    check_style(session)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The sdist, and the wheel made from it, in dist/; the wheel is then installed and used in an environment of its own."""
+    session.install("build", "twine")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", "dist")  # makes the wheel from the sdist, so both are known to build
+    session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
+    (wheel,) = Path("dist").resolve().glob("*.whl")
+    with tempfile.TemporaryDirectory() as folder:
+        session.run("python", "-m", "venv", f"{folder}/venv")
+        python = f"{folder}/venv/bin/python"
+        session.run(python, "-m", "pip", "install", str(wheel), external=True)
+        with session.chdir(folder):  # away from the source tree
+            session.run(python, "-m", "rtlynx.cli", "info", external=True)
+            session.run(python, "-c", "from rtlynx import _core; assert _core.device_code()['targets'], 'no device code'", external=True)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, in site/; a warning is an error. Reads the sources without importing them, so nothing is compiled."""
+    session.install("mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff")
+    session.run("mkdocs", *(session.posargs or ("build", "--strict")))
+
+
+def run(session: nox.Session, program: str, *arguments: str, strict: bool = True) -> None:
+    """Run a program of the shared environment, or one that it finds on PATH.
+
+    All programs see the same build variables, so that cargo has no reason to compile anything twice.
+    """
+    search = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    path = shutil.which(program, path=search) or session.error(f"{program} is neither in {BIN} nor on PATH")
+    build = {"NVCC": nvcc(session), "PYO3_PYTHON": str(BIN / "python"), "RTLYNX_STRICT": "1" if strict else "0"}
+    session.run(str(path), *arguments, env={"PATH": search, "VIRTUAL_ENV": str(HOME), **build}, external=True)
+
+
+def install(session: nox.Session, extra: str = "", *, strict: bool = True) -> None:
+    """Install the working tree, editable; compiles the Rust extension and the kernels."""
+    if shutil.which("cargo") is None:
+        session.error("rtlynx is partly Rust: install a Rust toolchain first (https://rustup.rs)")
+    if not BIN.is_dir():
+        session.run(sys.executable, "-m", "venv", str(HOME), external=True)
+    _, backend = build_requirements()
+    run(session, "python", "-m", "pip", "install", *backend)
+    run(session, "python", "-m", "pip", "install", "--no-build-isolation", "-e", f".{extra}", strict=strict)
+
+
+def build_requirements() -> tuple[list[str], list[str]]:
+    """What pyproject.toml needs to build: (the CUDA wheels, the rest)."""
+    requirements = nox.project.load_toml("pyproject.toml")["build-system"]["requires"]
+    cuda = [requirement for requirement in requirements if requirement.startswith("nvidia-")]
+    return cuda, [requirement for requirement in requirements if requirement not in cuda]
+
+
+def nvcc(session: nox.Session) -> str:
+    """The compiler named by the variable NVCC, else the release that pyproject.toml pins, from PyPI."""
+    if "NVCC" in os.environ:
+        return os.environ["NVCC"]
+    cuda, _ = build_requirements()
+    installed = TOOLCHAIN / "requirements.txt"
+    if not installed.is_file() or installed.read_text().splitlines() != cuda:
+        session.run(sys.executable, "-m", "venv", "--clear", str(TOOLCHAIN), external=True)
+        session.run(str(TOOLCHAIN / "bin" / "python"), "-m", "pip", "install", *cuda, external=True)
+        installed.write_text("\n".join(cuda))
+    (compiler,) = TOOLCHAIN.glob("lib/python*/site-packages/nvidia/cu*/bin/nvcc")
+    return str(compiler)
+
+
+def check_style(session: nox.Session) -> None:
+    """All linters, over Python and Rust."""
+    run(session, "ruff", "check", *PYTHON_FILES)
+    run(session, "ruff", "format", "--check", *PYTHON_FILES)
+    run(session, "mypy")
+    run(session, "cargo", "fmt", "--all", "--check")
+    run(session, "cargo", "clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings")
+    check_stub(session)
+
+
+def check_stub(session: nox.Session) -> None:
+    """The committed _core.pyi is what the Rust sources generate."""
+    committed = Path("python/rtlynx/_core.pyi")
+    with tempfile.TemporaryDirectory() as folder:
+        run(session, "maturin", "generate-stubs", "--features", "stubs", "--out", folder)
+        generated = [path.read_text(encoding="utf-8") for path in Path(folder).rglob("*.pyi")]
+    if generated != [committed.read_text(encoding="utf-8")]:
+        session.error(f"{committed} is stale: regenerate it (CONTRIBUTING.md)")
+
+
+def compute_sanitizer(session: nox.Session) -> str:
+    """The one on PATH, else the one in NVIDIA's wheel."""
+    if found := shutil.which("compute-sanitizer"):
+        return found
+    run(session, "python", "-m", "pip", "install", "nvidia-cuda-sanitizer-api")
+    (program,) = HOME.glob("lib/python*/site-packages/nvidia/cu*/bin/compute-sanitizer")
+    return str(program)
