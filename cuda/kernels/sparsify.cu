@@ -83,10 +83,9 @@ __device__ __forceinline__ float sum_over_quad(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
-// d[tile] += a · comp_down^T over the lane's unit, tile = 8 columns of the branch. kScaled: d_kept[tile] += (x - a) · comp_down^T beside it.
-template <class T, int kTiles, bool kScaled>
-__device__ __forceinline__ void project(const SparsifyParams& p, int n0, int col, int lane, const LaneTile& a, const LaneTile& x,
-                                        float (&d)[kTiles][4], float (&d_kept)[kTiles][4]) {
+// d[tile] += a · comp_down^T over the lane's unit, tile = 8 columns of the branch.
+template <class T, int kTiles>
+__device__ __forceinline__ void project(const SparsifyParams& p, int n0, int col, int lane, const LaneTile& a, float (&d)[kTiles][4]) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     if (tile % 4 == 0) __syncwarp();  // bounds how many tiles' loads the compiler hoists, and so the registers they take
@@ -103,24 +102,16 @@ __device__ __forceinline__ void project(const SparsifyParams& p, int n0, int col
       const uint32_t b0 = c % 2 ? both.z : both.x, b1 = c % 2 ? both.w : both.y;
       const uint32_t fragment[4] = {a.pairs[0][2 * c], a.pairs[1][2 * c], a.pairs[0][2 * c + 1], a.pairs[1][2 * c + 1]};
       ptx::mma_m16n8k16(T{}, d[tile], fragment, b0, b1);
-      if constexpr (kScaled) {
-        // a holds what was dropped, so x ^ a is what was kept, in place
-        const uint32_t kept[4] = {x.pairs[0][2 * c] ^ fragment[0], x.pairs[1][2 * c] ^ fragment[1], x.pairs[0][2 * c + 1] ^ fragment[2],
-                                  x.pairs[1][2 * c + 1] ^ fragment[3]};
-        ptx::mma_m16n8k16(T{}, d_kept[tile], kept, b0, b1);
-      }
     }
   }
 }
 
 // kRankCapacity: the branch columns there are accumulators for (0: no branch). A larger rank is split over blockIdx.y, each block selecting
 // anew: the second read of X comes from L2. Only blocks with blockIdx.y == 0 write what does not belong to the branch.
-// kScaled: the branch reads what a scaled selection dropped, X - s S(X) = E + (1 - s) S(X); s is known only at the end of the row, so E and
-// S(X) are projected side by side.
-template <class T, int kRankCapacity, bool kScaled>
+template <class T, int kRankCapacity>
 __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   constexpr int kTiles = kRankCapacity ? kRankCapacity / 8 : 1;
-  __shared__ float norms[kWarps][kTileRows][2];  // this block's ‖X‖², ‖S(X)‖² by warp and row
+  __shared__ float2 norms[kWarps][kTileRows];  // ‖X‖² and ‖S(X)‖² by warp and row
   extern __shared__ float partial[];             // [kWarps][kTileRows][kRankCapacity] branch sums by warp
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -131,7 +122,6 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
 
   float norm[2] = {}, norm_kept[2] = {};
   float d[kTiles][4] = {};
-  float d_kept[kTiles][4] = {};
 
   LaneTile next = load_tile(p, row, warp * kWordCols + q * kLaneCols);
   for (int unit = warp; unit < units; unit += kWarps) {
@@ -157,39 +147,33 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
           norm[half] += square<T>(x01) + square<T>(x23);
           norm_kept[half] += square<T>(s.kept);
 #pragma unroll
-          for (int i = 0; i < 2; ++i) a.pairs[half][2 * c + i] = kScaled || p.branch_of_dropped ? s.dropped[i] : x.pairs[half][2 * c + i];
+          for (int i = 0; i < 2; ++i) a.pairs[half][2 * c + i] = p.branch_of_dropped ? s.dropped[i] : x.pairs[half][2 * c + i];
         }
         if (writes_selection && row + 8 * half < p.m) {
           auto* target = static_cast<uint16_t*>(p.values) + static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
           *reinterpret_cast<uint4*>(target) = make_uint4(compressed[0], compressed[1], compressed[2], compressed[3]);
         }
       }
-      if constexpr (kRankCapacity > 0) project<T, kTiles, kScaled>(p, n0, col, lane, a, x, d, d_kept);
+      if constexpr (kRankCapacity > 0) project<T, kTiles>(p, n0, col, lane, a, d);
     }
     if (writes_selection) p.metadata[metadata_index(row0, col0, lane, p.m)] = word;
   }
 
-  float scale[2] = {1.0f, 1.0f};
-  if (p.row_scale) {
+  if (p.row_scale && writes_selection) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float all = sum_over_quad(norm[half]), kept = sum_over_quad(norm_kept[half]);
-      if (q == 0) {
-        norms[warp][g + 8 * half][0] = all;
-        norms[warp][g + 8 * half][1] = kept;
-      }
+      if (q == 0) norms[warp][g + 8 * half] = {all, kept};
     }
     __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    if (threadIdx.x < kTileRows && row0 + threadIdx.x < p.m) {
       float all = 0.0f, kept = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        all += norms[w][g + 8 * half][0];
-        kept += norms[w][g + 8 * half][1];
+        all += norms[w][threadIdx.x].x;
+        kept += norms[w][threadIdx.x].y;
       }
-      scale[half] = sqrtf(all / (kept + p.eps));
-      if (writes_selection && warp == 0 && q == 0 && row + 8 * half < p.m) p.row_scale[row + 8 * half] = scale[half];
+      p.row_scale[row0 + threadIdx.x] = sqrtf(all / (kept + p.eps));
     }
   }
 
@@ -198,11 +182,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float2 sum = {d[tile][2 * half], d[tile][2 * half + 1]};
-        if constexpr (kScaled) {
-          sum.x += (1.0f - scale[half]) * d_kept[tile][2 * half];
-          sum.y += (1.0f - scale[half]) * d_kept[tile][2 * half + 1];
-        }
+        const float2 sum = {d[tile][2 * half], d[tile][2 * half + 1]};
         float* target = partial + (warp * kTileRows + g + 8 * half) * kRankCapacity + tile * 8 + 2 * q;
         *reinterpret_cast<float2*>(target) = sum;
       }
@@ -228,18 +208,16 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, rank_capacity, scaled)                                                                                   \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1) name(const __grid_constant__ rtlynx::SparsifyParams p) {                 \
-    rtlynx::sparsify<rtlynx::T, rank_capacity, scaled>(p);                                                                                \
+#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                                                             \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity > 32 ? 1 : rank_capacity ? 2 : 3)                                 \
+      name(const __grid_constant__ rtlynx::SparsifyParams p) {                                                             \
+    rtlynx::sparsify<rtlynx::T, rank_capacity>(p);                                                                         \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T)                                                                                                  \
-  RTLYNX_SPARSIFY(prefix##_r0, T, 0, false)                                                                                               \
-  RTLYNX_SPARSIFY(prefix##_r16, T, 16, false)                                                                                             \
-  RTLYNX_SPARSIFY(prefix##_r32, T, 32, false)                                                                                             \
-  RTLYNX_SPARSIFY(prefix##_r64, T, 64, false)                                                                                             \
-  RTLYNX_SPARSIFY(prefix##_r16_scaled, T, 16, true)                                                                                       \
-  RTLYNX_SPARSIFY(prefix##_r32_scaled, T, 32, true)                                                                                       \
-  RTLYNX_SPARSIFY(prefix##_r64_scaled, T, 64, true)
+#define RTLYNX_SPARSIFY_RANKS(prefix, T)  \
+  RTLYNX_SPARSIFY(prefix##_r0, T, 0)      \
+  RTLYNX_SPARSIFY(prefix##_r16, T, 16)    \
+  RTLYNX_SPARSIFY(prefix##_r32, T, 32)    \
+  RTLYNX_SPARSIFY(prefix##_r64, T, 64)
 
 RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16)
 RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16)

@@ -6,19 +6,42 @@
     compensation.save("flux.rtlynx.safetensors")
     print(rtlynx.summary(pipe))                       # what runs where, and why
 
-Importing needs neither a GPU nor a driver; the compiled extension is loaded when the first CUDA tensor arrives.
+Importing needs neither a GPU nor a driver; the compiled extension is loaded when the first CUDA tensor arrives. The public names are
+imported when they are first used, so that the command line answers without waiting for torch.
 """
 
 from __future__ import annotations
 
-from rtlynx.apply import apply, remove
-from rtlynx.calibrate import calibrate
-from rtlynx.compensation import Compensation, load_compensation, save_compensation
-from rtlynx.config import SparsityConfig
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from rtlynx.errors import CompensationMismatchError, DeviceError, InvalidArgumentError, RTLynxError
-from rtlynx.linear import SparseLinear
-from rtlynx.summary import LayerSummary, Summary, summary
 from rtlynx.version import __version__
+
+if TYPE_CHECKING:
+    from rtlynx.apply import apply, remove
+    from rtlynx.calibrate.calibrate import calibrate as calibrate
+    from rtlynx.compensation import Compensation, load_compensation, save_compensation
+    from rtlynx.config import SparsityConfig
+    from rtlynx.linear import SparseLinear
+    from rtlynx.summary import LayerSummary, Summary, summary
+
+_HOME = {
+    "Compensation": "compensation",
+    "LayerSummary": "summary",
+    "SparseLinear": "linear",
+    "SparsityConfig": "config",
+    "Summary": "summary",
+    "apply": "apply",
+    "calibrate": "calibrate",
+    "load_compensation": "compensation",
+    "remove": "apply",
+    "save_compensation": "compensation",
+    "summary": "summary",
+}
+"""Public name → the module that defines it."""
 
 __all__ = [
     "Compensation",
@@ -38,3 +61,26 @@ __all__ = [
     "save_compensation",
     "summary",
 ]
+
+
+class _Package(ModuleType):
+    """Loads public names on first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{self.__name__}.{_HOME[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # Importing rtlynx.apply binds that module here; where a module and the function in it share a name, the function wins.
+        if isinstance(value, ModuleType) and _HOME.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -24,7 +24,7 @@ class SparseLinear(nn.Linear):
         Y = s · S(X - m) Wᵀ + Z · comp_downᵀ · comp_upᵀ + bias + comp_bias
 
     with ``S`` the selection, ``s`` the norm compensation of each token, ``m`` the shift (0 without one) and ``Z`` what the
-    branch reads: ``X - m`` (``branch="input"``) or what selection dropped, ``X - m - s·S(X - m)`` (``branch="dropped"``).
+    branch reads: ``X - m`` (``branch="input"``) or what selection dropped, ``X - m - S(X - m)`` (``branch="dropped"``).
 
     It is an ``nn.Linear``: ``weight`` ``(N, K)`` stays dense, in the standard layout and bit for bit what it was, so that
     adapters, fusing and offloading work as on any linear. Until `set_compensation` there is no branch and the state dict has

@@ -29,7 +29,8 @@ _library.define(
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias) -> Tensor"
+    "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias)"
+    " -> Tensor"
 )
 
 
@@ -48,11 +49,11 @@ def sparsify(
 
         s      = sqrt(‖X'‖² / (‖S(X')‖² + eps))        norm compensation of RT-Lynx (arXiv 2605.26632); 1 when it is off
         branch = X' · comp_downᵀ                       branch_input = "input": the paper's branch
-               = (X' - s·S(X')) · comp_downᵀ           branch_input = "dropped": split, a branch on what selection dropped
+               = (X' - S(X')) · comp_downᵀ             branch_input = "dropped": split, a branch on what selection dropped
 
     Args:
-        x: ``(M, K)`` of dtype T: bfloat16 or float16, also float32 on the CPU. K a multiple of 64, any M ≥ 0. Copied if its last dimension is
-            strided or its rows are not 16-byte aligned; a strided first dimension is read in place.
+        x: ``(M, K)`` of dtype T: bfloat16 or float16, also float32 on the CPU. K a multiple of 64, any M ≥ 0. Copied if its last dimension
+            is strided or its rows are not 16-byte aligned; a strided first dimension is read in place.
         score: optional ``(K,)`` float32 factor on the magnitudes that selection compares. Values are stored without it.
         shift: optional ``(K,)`` float32 vector subtracted first; add ``shift · Wᵀ`` to the bias.
         comp_down: optional ``(r, K)`` of dtype T, r a multiple of 16 up to 128.
@@ -61,10 +62,11 @@ def sparsify(
         eps: ε of the row scale.
 
     Returns:
-        `Sparsified`: values ``(M, K/2)``, metadata int32, row_scale ``(M,)`` float32 (``(0,)`` when off), branch ``(M, r)`` (``(M, 0)`` without).
+        `Sparsified`: values ``(M, K/2)``, metadata int32, row_scale ``(M,)`` float32 (``(0,)`` when off), branch ``(M, r)`` (``(M, 0)``
+        without).
 
-    Ties go to the lower channel. NaN ranks above infinity and is kept, so a non-finite token gives a non-finite row. An all-zero row has scale 0.
-    The gradient passes straight through the mask; the row scale is a constant to it.
+    Ties go to the lower channel. NaN ranks above infinity and is kept, so a non-finite token gives a non-finite row. An all-zero row has
+    scale 0. The gradient passes straight through the mask; the row scale is a constant to it.
 
     Raises:
         InvalidArgumentError: a dtype, shape or device does not fit; nothing has been launched.
@@ -207,7 +209,13 @@ def _core() -> ModuleType:
 
 
 def _sparsify_cpu(
-    x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: BranchInput, norm_compensation: bool, eps: float
+    x: Tensor,
+    score: Tensor | None,
+    shift: Tensor | None,
+    comp_down: Tensor | None,
+    branch_input: BranchInput,
+    norm_compensation: bool,
+    eps: float,
 ) -> Sparsified:
     _check_sparsify(x, score, shift, comp_down, branch_input)
     return reference.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps)
@@ -224,7 +232,13 @@ def _sparsify_outputs(x: Tensor, comp_down: Tensor | None, norm_compensation: bo
 
 
 def _sparsify_fake(
-    x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: BranchInput, norm_compensation: bool, eps: float
+    x: Tensor,
+    score: Tensor | None,
+    shift: Tensor | None,
+    comp_down: Tensor | None,
+    branch_input: BranchInput,
+    norm_compensation: bool,
+    eps: float,
 ) -> Sparsified:
     _check_sparsify(x, score, shift, comp_down, branch_input)
     return _sparsify_outputs(x, comp_down, norm_compensation)
@@ -232,11 +246,22 @@ def _sparsify_fake(
 
 def _rows_readable(x: Tensor) -> bool:
     """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
-    return x.stride(1) == 1 and x.stride(0) * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0 and x.stride(0) >= x.shape[1]
+    return (
+        x.stride(1) == 1
+        and x.stride(0) * x.element_size() % _ALIGNMENT == 0
+        and x.data_ptr() % _ALIGNMENT == 0
+        and x.stride(0) >= x.shape[1]
+    )
 
 
 def _sparsify_cuda(
-    x: Tensor, score: Tensor | None, shift: Tensor | None, comp_down: Tensor | None, branch_input: BranchInput, norm_compensation: bool, eps: float
+    x: Tensor,
+    score: Tensor | None,
+    shift: Tensor | None,
+    comp_down: Tensor | None,
+    branch_input: BranchInput,
+    norm_compensation: bool,
+    eps: float,
 ) -> Sparsified:
     op = "sparsify"
     _check_sparsify(x, score, shift, comp_down, branch_input)
@@ -271,13 +296,15 @@ def _sparsify_cuda(
 
 def _sparsify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, shift, comp_down, branch_input, _, _ = inputs
-    _, metadata, row_scale, _ = output
-    ctx.save_for_backward(x, shift, comp_down, metadata, row_scale)
+    _, metadata, _, _ = output
+    ctx.save_for_backward(x, shift, comp_down, metadata)
     ctx.branch_input = branch_input
 
 
-def _sparsify_backward(ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_scale: Tensor, grad_branch: Tensor) -> tuple[Tensor | None, ...]:
-    x, shift, comp_down, metadata, row_scale = ctx.saved_tensors
+def _sparsify_backward(
+    ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_scale: Tensor, grad_branch: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, shift, comp_down, metadata = ctx.saved_tensors
     m, k = x.shape
     columns = reference.kept_columns(metadata, m, k)
     grad_x = torch.zeros_like(x).scatter_(1, columns, grad_values)
@@ -286,10 +313,7 @@ def _sparsify_backward(ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_sc
         z = reference.shifted(x, shift)
         grad_z = grad_branch @ comp_down
         if ctx.branch_input == "dropped":
-            # z = X' - s·S(X'): kept channels pass 1 - s (0 without norm compensation), dropped ones pass 1
-            kept_factor = (1 - row_scale[:, None]).to(x.dtype) if row_scale.numel() else x.new_zeros(m, 1)
-            factor = torch.ones_like(x).scatter_(1, columns, kept_factor.expand(m, k // 2))
-            z, grad_z = z * factor, grad_z * factor
+            z, grad_z = z.scatter(1, columns, 0), grad_z.scatter(1, columns, 0)
         grad_x = grad_x + grad_z
         grad_down = grad_branch.T @ z
     grad_shift = -grad_x.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
@@ -300,21 +324,39 @@ def _sparsify_backward(ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_sc
 
 
 def _sparse_linear_cpu(
-    values: Tensor, metadata: Tensor, weight: Tensor, row_scale: Tensor | None, branch: Tensor | None, comp_up: Tensor | None, bias: Tensor | None
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
     return reference.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
 
 
 def _sparse_linear_fake(
-    values: Tensor, metadata: Tensor, weight: Tensor, row_scale: Tensor | None, branch: Tensor | None, comp_up: Tensor | None, bias: Tensor | None
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
     return values.new_empty(values.shape[0], weight.shape[0])
 
 
 def _sparse_linear_cuda(
-    values: Tensor, metadata: Tensor, weight: Tensor, row_scale: Tensor | None, branch: Tensor | None, comp_up: Tensor | None, bias: Tensor | None
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor:
     op = "sparse_linear"
     _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)

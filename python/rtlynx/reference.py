@@ -94,9 +94,9 @@ def keep_mask(x: Tensor, score: Tensor | None = None) -> Tensor:
 def kept_positions(mask: Tensor) -> Tensor:
     """``(M, K/4, 2)`` int64: the two kept positions (0..3) of every group of a `keep_mask`, ascending."""
     b0, b1, b2, b3 = mask.unflatten(-1, (-1, GROUP)).unbind(-1)
-    low = torch.where(b0, 0, torch.where(b1, 1, 2))
-    high = torch.where(b3, 3, torch.where(b2, 2, 1))
-    return torch.stack([low, high], -1)
+    low = (~b0).byte() + ~(b0 | b1)  # 0, or 1 without channel 0, or 2 without channels 0 and 1
+    high = 3 - ((~b3).byte() + ~(b2 | b3))
+    return torch.stack([low, high], -1).long()
 
 
 def pack_metadata(positions: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def sparsify(
 
         row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
         branch    = X' · comp_downᵀ                  for branch_input = "input"    (the paper's branch)
-                  = (X' - s·S(X')) · comp_downᵀ      for branch_input = "dropped"  (split: what selection dropped)
+                  = (X' - S(X')) · comp_downᵀ        for branch_input = "dropped"  (split: what selection dropped)
     """
     m, k = x.shape
     x = shifted(x, shift)
@@ -168,8 +168,7 @@ def sparsify(
     if comp_down is not None:
         z = x.float()
         if branch_input == "dropped":
-            missed = (1 - row_scale)[:, None] * z if norm_compensation else torch.zeros_like(z)
-            z = torch.where(mask, missed, z)
+            z = z.masked_fill(mask, 0)
         branch = (z @ comp_down.float().T).to(x.dtype)
     return Sparsified(values, pack_metadata(positions), row_scale, branch)
 

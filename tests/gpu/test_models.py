@@ -1,4 +1,4 @@
-"""Whole models on the kernels: the three families, calibrated, compiled, and their round trips, against the same layers on the reference."""
+"""Whole models on the kernels: three families, calibrated, compiled, and their round trips, against the same layers on the reference."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import TINY, output, relative_error
 
 import rtlynx
 from rtlynx import ops, reference
+from tiny_models import TINY, output, relative_error
 
 FAMILIES = sorted(TINY)
 DTYPES = [torch.bfloat16, torch.float16]

@@ -95,7 +95,11 @@ def test_no_tokens() -> None:
 @pytest.mark.parametrize("layout", ["rows apart", "rows misaligned", "columns apart"])
 def test_strided_input(layout: str) -> None:
     wide = torch.randn(40, 264, device="cuda", dtype=torch.bfloat16)
-    x = {"rows apart": wide[:, 8:200], "rows misaligned": wide[:, 1:193], "columns apart": torch.randn(192, 40, device="cuda").bfloat16().T}[layout]
+    x = {
+        "rows apart": wide[:, 8:200],
+        "rows misaligned": wide[:, 1:193],
+        "columns apart": torch.randn(192, 40, device="cuda").bfloat16().T,
+    }[layout]
     assert x.shape == (40, 192)
     assert_same(ops.sparsify(x), reference.sparsify(x.contiguous()), torch.bfloat16)
 

@@ -45,6 +45,16 @@ int cuThreadExchangeStreamCaptureMode(int* mode) {
 int cuModuleLoadData(void** module, const void* image) { return *module = (void*)1, said("load"), setting("FAKE_LOAD", 0); }
 int cuModuleGetFunction(void** function, void* module, const char* name) { return *function = (void*)2, said(name); }
 int cuFuncSetAttribute(void* function, int attribute, int value) { return attribute == 8 ? 0 : 1; }
+int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* size, const uint64_t* strides,
+                           const unsigned* box, const unsigned* element_strides, int interleave, int swizzle, int promotion, int fill) {
+  memset(map, 0xff, 128);
+  map[0] = (uint64_t)address;
+  printf("map %#lx: type %d, rank %u, %lux%lu, stride %lu, box %ux%u of strides %u %u, interleave %d, swizzle %d, promotion %d, fill %d\n",
+         (unsigned long)address, type, rank, (unsigned long)size[0], (unsigned long)size[1], (unsigned long)strides[0], box[0], box[1],
+         element_strides[0], element_strides[1], interleave, swizzle, promotion, fill);
+  fflush(stdout);
+  return setting("FAKE_ENCODE", 0);
+}
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
                    void** params, void** extra) {
   if (!getenv("FAKE_SILENT")) {

@@ -54,7 +54,12 @@ def test_devices_need_a_driver() -> None:
 
 @pytest.mark.parametrize("dtype, short", [("bfloat16", "bf16"), ("float16", "f16")])
 def test_plan_names_a_kernel(dtype: str, short: str) -> None:
-    assert _core.plan_sparse_linear(*H200, 4608, 12288, 3072, 64, dtype).startswith(f"spmm_sm80_{short}_128x128x64")
+    assert _core.plan_sparse_linear(*H200, 4608, 12288, 3072, 64, dtype) == f"spmm_sm90_{short}_256x192x64_s5"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_hopper_kernels_are_planned_for_hopper_only(capability: tuple[int, int]) -> None:
+    assert _core.plan_sparse_linear(capability, 132, 4608, 12288, 3072, 64, "bfloat16") == "spmm_sm80_bf16_128x128x64_s4"
 
 
 def test_plan_depends_on_the_gpu_and_the_problem() -> None:

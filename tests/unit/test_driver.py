@@ -28,8 +28,9 @@ A = 1 << 20
 def sparsify(m=100, rank=96, device=1, k=128):
     _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, A, 0, 0, A if rank else 0, A, A, A, A if rank else 0, True, 1e-8)
 
-def sparse_linear(m=100):
-    _core.sparse_linear(0, 0x5, "float16", m, 264, 128, 0, A, A, A, A, 0, 0, 0, A)
+def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
+    branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
+    _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, A, branch, comp_up, 0, A)
 
 try:
     {statements}
@@ -109,6 +110,53 @@ def test_every_device_loads_its_own_code(driver: Path) -> None:
 def test_the_grid_covers_a_ragged_problem(driver: Path) -> None:
     (launch,) = [line for line in run(driver, "sparse_linear()") if line.startswith("launch")]
     assert launch.startswith("launch 10x1x1 of 128x1x1, 49152 bytes")  # 64 x 64 tiles: 2 of M = 100, 5 of N = 264
+
+
+HOPPER = "sparse_linear(m=4000, n=3080, k=2432, rank={rank}, dtype='bfloat16')"
+
+
+@needs_device_code
+def test_hopper_gets_a_map_of_every_operand(driver: Path) -> None:
+    calls = run(driver, f"{HOPPER.format(rank=48)}; {HOPPER.format(rank=48)}")
+    fixed = "of strides 1 1, interleave 0, swizzle {}, promotion 2, fill 0"
+    call = [
+        f"map 0x100000: type 9, rank 2, 1216x4000, stride 2432, box 32x256 {fixed.format(2)}",
+        f"map 0x200000: type 9, rank 2, 2432x3080, stride 4864, box 64x192 {fixed.format(3)}",
+        f"map 0x300000: type 9, rank 2, 48x4000, stride 96, box 32x256 {fixed.format(2)}",
+        f"map 0x400000: type 9, rank 2, 48x3080, stride 96, box 32x192 {fixed.format(2)}",
+        "launch 132x1x1 of 384x1x1, 231504 bytes, stream 0x5, first pointer 0x100000",  # the first map begins with its address
+        "pop",
+    ]
+    loading = ["retain", "push", "capture relaxed", "load", "spmm_sm90_bf16_256x192x64_s5", "capture restored"]
+    assert calls == [*loading, *call, "push", *call]
+
+
+@needs_device_code
+def test_hopper_without_a_branch_maps_none(driver: Path) -> None:
+    calls = run(driver, HOPPER.format(rank=0).replace("bfloat16", "float16"))
+    assert [call.split(", rank")[0] for call in calls if call.startswith("map")] == ["map 0x100000: type 6", "map 0x200000: type 6"]
+
+
+@needs_device_code
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_other_gpus_get_no_maps(driver: Path, capability: int) -> None:
+    calls = run(driver, HOPPER.format(rank=64), capability=capability)
+    assert any(call.startswith("spmm_sm80_bf16") for call in calls)
+    assert not any(call.startswith("map") for call in calls)
+
+
+@needs_device_code
+def test_a_refused_map_is_named_and_nothing_is_launched(driver: Path) -> None:
+    *calls, popped, message = run(driver, HOPPER.format(rank=64), encode=1)
+    assert popped == "pop" and not any(call.startswith("launch") for call in calls)
+    assert message == "DeviceError: cuTensorMapEncodeTiled failed with CUDA_ERROR_INVALID_VALUE (CUDA error 1)"
+
+
+@needs_device_code
+def test_an_old_driver_is_refused_before_it_is_asked_for_a_map(driver: Path) -> None:
+    *calls, message = run(driver, HOPPER.format(rank=64), version=11080)
+    assert not any(call.startswith("map") for call in calls)
+    assert message.startswith("DeviceError: the NVIDIA driver is too old: got a driver for CUDA 11.8")
 
 
 @needs_device_code

@@ -50,7 +50,7 @@ def test_forward_is_the_formula(branch: str, norm_compensation: bool, selection:
     if layer.shift is not None:
         want += layer.shift.double() @ w.T
     if layer.comp_down is not None and layer.comp_up is not None:
-        read = z if branch == "input" else z - scaled
+        read = z if branch == "input" else z - kept
         want += read @ layer.comp_down.double().T @ layer.comp_up.double().T
     torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_a_full_rank_split_branch_restores_the_dense_layer() -> None:
     # rank 64 = K with C = Wᵀ: S(X)Wᵀ + (X - S(X))Wᵀ = XWᵀ
     torch.manual_seed(0)
     linear = nn.Linear(64, 64)
-    layer = SparseLinear.from_linear(linear)
+    layer = SparseLinear.from_linear(linear, SparsityConfig(norm_compensation=False))
     layer.set_compensation(torch.eye(64), linear.weight)
     x = torch.randn(33, 64)
     torch.testing.assert_close(layer(x), linear(x), rtol=1e-5, atol=1e-5)

@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_straight_mask(branch_input: reference.Branch
     def plain(x: Tensor, shift: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         z = x - shift
         kept = scale * mask * z
-        return kept @ weight.T + (z if branch_input == "input" else z - kept) @ down.T @ up.T + bias
+        return kept @ weight.T + (z if branch_input == "input" else z - mask * z) @ down.T @ up.T + bias
 
     cotangent = torch.randn(33, 24)
     results = []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rtlynx import SparseLinear, SparsityConfig
 from rtlynx.calibrate.solve import fit_branch, fitting_rank, low_rank
-from rtlynx.calibrate.statistics import LayerStatistics, selection_residual
+from rtlynx.calibrate.statistics import LayerStatistics, regressors
 from rtlynx.config import Branch
 
 K, N = 64, 96
@@ -30,14 +30,14 @@ def loss(z: Tensor, e: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tens
     return (e @ weight.T - z @ down.T @ up.T).square().sum() / len(z)
 
 
-@pytest.mark.parametrize("branch", ["input", "dropped"])
+@pytest.mark.parametrize(("branch", "norm_compensation"), [("input", True), ("dropped", True), ("dropped", False)])
 @pytest.mark.parametrize("rank", [16, 48])
-def test_no_other_branch_of_this_rank_is_better(branch: Branch, rank: int) -> None:
-    layer = layer_with(branch)
-    x, e = (t.double() for t in selection_residual(layer, activations(3000)))
-    z, w = (x if branch == "input" else e), layer.weight.detach().double()
+def test_no_other_branch_of_this_rank_is_better(branch: Branch, norm_compensation: bool, rank: int) -> None:
+    layer = layer_with(branch, norm_compensation)
+    z, e = (t.double() for t in regressors(layer, activations(3000), branch))
+    w = layer.weight.detach().double()
     zz, ze = z.T @ z / len(z), z.T @ e / len(z)
-    down, up = fit_branch(zz, None if branch == "dropped" else ze, w, rank, ridge=1e-12)
+    down, up = fit_branch(zz, ze if norm_compensation else None, w, rank, ridge=1e-12)
     assert down.shape == (rank, K) and up.shape == (N, rank)
     best = loss(z, e, w, down, up)
 
@@ -81,8 +81,8 @@ def test_split_and_paper_reduce_held_out_error_and_rank_helps() -> None:
 
 
 def test_split_of_full_rank_is_the_weight() -> None:
-    layer = layer_with("dropped")
-    _, e = selection_residual(layer, activations(3000))
+    layer = layer_with("dropped", norm_compensation=False)
+    _, e = regressors(layer, activations(3000), "dropped")
     down, up = fit_branch(e.T @ e / len(e), None, layer.weight, K, ridge=1e-12)
     torch.testing.assert_close((down.T @ up.T).float(), layer.weight.detach().T, rtol=1e-4, atol=1e-5)
 
@@ -90,7 +90,7 @@ def test_split_of_full_rank_is_the_weight() -> None:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_factors_are_balanced_whatever_the_scale_of_the_activations(scale: float) -> None:
     layer = layer_with("input")
-    x, e = selection_residual(layer, activations(2000) * scale)
+    x, e = regressors(layer, activations(2000) * scale, "input")
     down, up = fit_branch(x.T @ x, x.T @ e, layer.weight, 16)
     torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0))
     assert down.half().isfinite().all() and up.half().isfinite().all()
@@ -101,7 +101,7 @@ def test_factors_are_balanced_whatever_the_scale_of_the_activations(scale: float
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_degenerate_statistics_give_a_finite_branch(tokens: int) -> None:
     layer = layer_with("input")
-    x, e = selection_residual(layer, activations(tokens))
+    x, e = regressors(layer, activations(tokens), "input")
     down, up = fit_branch(x.T @ x, x.T @ e, layer.weight, 16)
     assert down.shape == (16, K) and up.shape == (N, 16)
     assert down.isfinite().all() and up.isfinite().all()
@@ -132,9 +132,9 @@ def test_fitting_rank(rank: int, k: int, n: int, expected: int) -> None:
     assert fitting_rank(rank, k, n) == expected
 
 
-@pytest.mark.parametrize("branch", ["input", "dropped"])
-def test_statistics_do_not_depend_on_how_tokens_arrive(branch: Branch) -> None:
-    layer, x = layer_with(branch), activations(300)
+@pytest.mark.parametrize(("branch", "norm_compensation"), [("input", True), ("dropped", True), ("dropped", False)])
+def test_statistics_do_not_depend_on_how_tokens_arrive(branch: Branch, norm_compensation: bool) -> None:
+    layer, x = layer_with(branch, norm_compensation), activations(300)
     at_once, in_calls = (LayerStatistics(layer, branch, max_tokens=1000, seed=0) for _ in range(2))
     at_once.add(x)
     for chunk in x.split(70):
@@ -143,7 +143,7 @@ def test_statistics_do_not_depend_on_how_tokens_arrive(branch: Branch) -> None:
     at_once.finish()
     in_calls.finish()
     torch.testing.assert_close(at_once.zz, in_calls.zz)
-    if branch == "input":
+    if norm_compensation:
         assert at_once.ze is not None and in_calls.ze is not None
         torch.testing.assert_close(at_once.ze, in_calls.ze)
     else:

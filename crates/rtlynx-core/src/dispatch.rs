@@ -16,9 +16,6 @@ pub struct Arch {
     pub shared_bytes: i64,
 }
 
-/// Shared memory the driver keeps of every resident block.
-const RESERVED_SHARED_BYTES: i64 = 1024;
-
 impl Arch {
     /// An architecture that is not present: shared memory as in the CUDA C++ Programming Guide, table of technical specifications.
     /// A capability the table does not name gets the smallest of them all.
@@ -31,17 +28,14 @@ impl Arch {
         Self { capability, sms, shared_bytes: kib * 1024 }
     }
 
-    /// Blocks of a tile that one multiprocessor runs at a time; 0 when not even one fits.
-    fn resident_blocks(&self, tile: &Tile) -> i64 {
-        let whole = self.shared_bytes + RESERVED_SHARED_BYTES;
-        (whole / (tile.shared_bytes() + RESERVED_SHARED_BYTES)).min(tile.max_blocks)
-    }
-
-    /// Whether the instructions of a family exist here.
-    fn runs(&self, family: Family) -> bool {
-        match family {
+    /// Whether the instructions of a tile exist here and a block of it fits.
+    fn runs(&self, tile: &Tile) -> bool {
+        let exists = match tile.family {
             Family::Sm80 => self.capability >= (8, 0),
-        }
+            // The successors of Hopper do not have its instructions.
+            Family::Sm90 => self.capability == (9, 0),
+        };
+        exists && tile.shared_bytes() <= self.shared_bytes
     }
 
     fn require_sparse_tensor_cores(&self, op: &'static str) -> Result<()> {
@@ -70,16 +64,19 @@ pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(Sparsify
     Ok((kernel, launch))
 }
 
-/// The GEMM kernel of least estimated cost.
+/// The GEMM kernel of least estimated time.
 pub fn plan_sparse_linear(arch: &Arch, problem: &SparseLinearProblem) -> Result<(SpmmKernel, Launch)> {
     problem.validate()?;
     arch.require_sparse_tensor_cores(SPARSE_LINEAR)?;
-    let candidates = TILES.into_iter().filter(|tile| arch.runs(tile.family) && arch.resident_blocks(tile) > 0);
-    let tile = candidates.min_by_key(|tile| cost(arch, tile, problem)).expect("the smallest tile fits every GPU from 8.0 on");
-    let blocks = u32::try_from(tiles(&tile, problem)).ok().filter(|&blocks| blocks <= i32::MAX as u32).ok_or_else(|| {
-        Error::invalid(SPARSE_LINEAR, "m", format!("{} rows of {} outputs", problem.m, problem.n), "fewer than 2^31 output tiles")
-    })?;
-    let launch = Launch { blocks: (blocks, 1), threads: tile.threads, shared_bytes: tile.shared_bytes() as u32 };
+    let candidates = TILES.into_iter().filter(|tile| arch.runs(tile));
+    let tile = candidates.min_by_key(|tile| estimated_ns(arch, tile, problem)).expect("the smallest tile fits every GPU from 8.0 on");
+    let tiles = tiles(&tile, problem);
+    if tiles > i32::MAX.into() {
+        let got = format!("{} rows of {} outputs", problem.m, problem.n);
+        return Err(Error::invalid(SPARSE_LINEAR, "m", got, "fewer than 2^31 output tiles"));
+    }
+    let blocks = if tile.persistent { tiles.min(arch.sms.max(1)) } else { tiles };
+    let launch = Launch { blocks: (blocks as u32, 1), threads: tile.threads, shared_bytes: tile.shared_bytes() as u32 };
     Ok((SpmmKernel { dtype: problem.dtype, tile }, launch))
 }
 
@@ -88,20 +85,14 @@ fn tiles(tile: &Tile, problem: &SparseLinearProblem) -> i64 {
     ceil_div(problem.m, tile.bm) * ceil_div(problem.n, tile.bn)
 }
 
-/// Estimated time of the whole GEMM, in units of no meaning outside this comparison: waves of resident blocks × time of a wave.
+/// Estimated time of the whole GEMM on an H200, to rank tiles by: that of the multiprocessor with the most tiles.
 ///
-/// A multiprocessor works on its resident blocks side by side. A wave that fills only some of the slots is taken to be as long as a
-/// full one: what its blocks do not wait for each other, they wait for memory. K and the branch's steps are the same for every tile
-/// and drop out.
-fn cost(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 {
-    let resident = arch.resident_blocks(tile);
-    ceil_div(tiles(tile, problem), arch.sms.max(1) * resident) * resident * step_cost(tile)
-}
-
-/// Clocks × 128 of one k-step of one block on a multiprocessor to itself. The tensor cores take `bm · bn / 32` clocks (4096 FLOP a clock,
-/// 64 columns); shared memory takes `3 · stage bytes / 128`: every byte is written once and read by two of the 2 × 2 warps.
-fn step_cost(tile: &Tile) -> i64 {
-    4 * tile.bm * tile.bn + 3 * tile.stage_bytes()
+/// It takes as long as its tiles take one after the other, also where it runs several side by side: they share what it has. That holds
+/// for a lone tile too, which waits less for the others but more for memory. What a tile costs besides depends little on the rank.
+fn estimated_ns(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 {
+    let steps = problem.k / Tile::BK;
+    // Sizes that are valid one by one may be beyond all time together.
+    ceil_div(tiles(tile, problem), arch.sms.max(1)).saturating_mul(steps * tile.step_ns + tile.tile_ns)
 }
 
 #[cfg(test)]
@@ -121,39 +112,69 @@ mod tests {
         SparsifyProblem { dtype: Dtype::F16, m, k: 3072, ldx: 3072, rank, norm_compensation: true, branch_of_dropped: true, eps: 1e-8 }
     }
 
+    fn name(capability: (u32, u32), problem: SparseLinearProblem) -> String {
+        plan_sparse_linear(&Arch::from_capability(capability, 132), &problem).unwrap().0.to_string()
+    }
+
     #[test]
     fn large_problems_take_large_tiles_and_small_ones_small_tiles() {
-        let name = |problem| plan_sparse_linear(&h200(), &problem).unwrap().0.to_string();
-        assert_eq!(name(linear(4608, 12288, 3072)), "spmm_sm80_bf16_128x128x64_s4");
-        assert_eq!(name(linear(64, 64, 3072)), "spmm_sm80_bf16_64x64x64_s4");
-        assert_eq!(name(linear(512, 3072, 3072)), "spmm_sm80_bf16_64x64x64_s4");
+        let problems = [linear(4608, 12288, 3072), linear(4096, 3072, 3072), linear(64, 64, 3072), linear(128, 3072, 3072)];
+        let names = |capability| problems.map(|problem| name(capability, problem));
+        let (wgmma, large, small) = ("spmm_sm90_bf16_256x192x64_s5", "spmm_sm80_bf16_128x128x64_s4", "spmm_sm80_bf16_64x64x64_s4");
+        assert_eq!(names((9, 0)), [wgmma, wgmma, small, small]);
+        assert_eq!(names((8, 0)), [large, large, small, small]);
+    }
+
+    #[test]
+    fn hopper_tiles_run_on_hopper_only() {
+        for capability in [(8, 0), (8, 6), (8, 9), (9, 1), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)] {
+            for problem in [linear(1, 8, 64), linear(512, 3072, 3072), linear(8192, 8192, 12288)] {
+                let name = name(capability, problem);
+                assert!(name.starts_with("spmm_sm80"), "{capability:?}: {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_estimate_is_that_of_the_busiest_multiprocessor() {
+        let ns = |tile: usize, problem| estimated_ns(&h200(), &TILES[tile], &problem);
+        assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 640 + 6000);
+        assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 640 + 6000);
+        assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 640 + 6000));
+        assert_eq!(ns(3, linear(65, 64, 64)), 260 + 500);
+        assert_eq!(ns(1, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
     }
 
     #[test]
     fn the_grid_covers_every_output_element_once() {
         for (m, n) in [(1, 8), (63, 72), (129, 128), (4608, 12288), (1000, 3080)] {
-            let (kernel, launch) = plan_sparse_linear(&h200(), &linear(m, n, 64)).unwrap();
-            let Tile { bm, bn, .. } = kernel.tile;
-            assert_eq!(i64::from(launch.blocks.0), ceil_div(m, bm) * ceil_div(n, bn));
-            assert_eq!(i64::from(launch.shared_bytes), kernel.tile.shared_bytes());
+            for arch in [h200(), Arch::from_capability((8, 0), 108)] {
+                let (kernel, launch) = plan_sparse_linear(&arch, &linear(m, n, 64)).unwrap();
+                let Tile { bm, bn, persistent, .. } = kernel.tile;
+                let tiles = ceil_div(m, bm) * ceil_div(n, bn);
+                assert_eq!(i64::from(launch.blocks.0), if persistent { tiles.min(arch.sms) } else { tiles }, "{kernel}");
+                assert_eq!(i64::from(launch.shared_bytes), kernel.tile.shared_bytes());
+            }
         }
     }
 
     #[test]
-    fn tiles_that_do_not_fit_shared_memory_are_never_chosen() {
-        let mut small = Arch::from_capability((8, 6), 84);
-        assert_eq!(small.resident_blocks(&TILES[0]), 1);
-        small.shared_bytes = 64 * 1024;
-        let (kernel, _) = plan_sparse_linear(&small, &linear(4608, 12288, 3072)).unwrap();
-        assert!(kernel.tile.shared_bytes() <= small.shared_bytes, "{kernel}");
+    fn persistent_blocks_fill_the_gpu_once() {
+        let blocks = |m, n| plan_sparse_linear(&h200(), &linear(m, n, 3072)).unwrap().1;
+        assert_eq!(blocks(4608, 12288), Launch { blocks: (132, 1), threads: 384, shared_bytes: 231504 });
+        assert_eq!(blocks(1024, 3072).blocks, (4 * 16, 1));
     }
 
     #[test]
-    fn occupancy_is_bound_by_shared_memory_and_registers() {
-        let blocks = |capability| TILES.map(|tile| Arch::from_capability(capability, 100).resident_blocks(&tile));
-        assert_eq!(blocks((8, 0)), [1, 2, 3]);
-        assert_eq!(blocks((8, 9)), [1, 1, 2]);
-        assert_eq!(blocks((9, 0)), [2, 3, 4]);
+    fn tiles_that_do_not_fit_shared_memory_are_never_chosen() {
+        for (capability, shared_bytes) in [((8, 6), 64 * 1024), ((9, 0), 200 * 1024)] {
+            let tight = Arch { shared_bytes, ..Arch::from_capability(capability, 84) };
+            let (kernel, _) = plan_sparse_linear(&tight, &linear(4608, 12288, 3072)).unwrap();
+            assert!(kernel.tile.shared_bytes() <= shared_bytes, "{kernel}");
+        }
+        let fitting = |capability| TILES.map(|tile| Arch::from_capability(capability, 100).runs(&tile));
+        assert_eq!(fitting((8, 9)), [false, true, true, true]);
+        assert_eq!(fitting((9, 0)), [true; 4]);
     }
 
     #[test]

@@ -5,13 +5,14 @@ use std::ptr;
 
 use cudarc::driver::sys;
 
-use crate::config::{Kernel, Launch};
+use crate::config::{Family, Kernel, Launch, Tile};
 use crate::device::{self, Current, check};
 use crate::dispatch;
 use crate::error::Result;
 use crate::kernels;
-use crate::params::{SparsifyParams, SpmmParams};
+use crate::params::{SparsifyParams, SpmmParams, SpmmSm90Params};
 use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::tensor_map::{self, SpmmMaps, TensorMap};
 
 /// Where an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ pub unsafe fn sparsify(place: Place, problem: &SparsifyProblem, tensors: &Sparsi
     }
     tensors.validate(problem)?;
     let (kernel, launch) = dispatch::plan_sparsify(&device::device(SPARSIFY, place.device)?.arch, problem)?;
-    let mut params = SparsifyParams {
+    let params = SparsifyParams {
         x: tensors.x,
         score: tensors.score,
         shift: tensors.shift,
@@ -52,7 +53,7 @@ pub unsafe fn sparsify(place: Place, problem: &SparsifyProblem, tensors: &Sparsi
         eps: problem.eps,
     };
     // SAFETY: these are the parameters of every sparsify kernel; the caller vouches for what they point to.
-    unsafe { enqueue(place, Kernel::Sparsify(kernel), launch, &mut params) }
+    unsafe { enqueue(place, Kernel::Sparsify(kernel), launch, || Ok(params)) }
 }
 
 /// Multiplies a compressed activation with a dense weight on the GPU. Returns once the kernel is enqueued; nothing is launched on an
@@ -69,7 +70,16 @@ pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, tensors
     }
     tensors.validate(problem)?;
     let (kernel, launch) = dispatch::plan_sparse_linear(&device::device(SPARSE_LINEAR, place.device)?.arch, problem)?;
-    let mut params = SpmmParams {
+    match kernel.tile.family {
+        // SAFETY: these are the parameters of the family's kernels; the caller vouches for what they point to.
+        Family::Sm80 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || Ok(spmm_params(problem, tensors))) },
+        // SAFETY: as above.
+        Family::Sm90 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || spmm_sm90_params(&kernel.tile, problem, tensors)) },
+    }
+}
+
+fn spmm_params(problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> SpmmParams {
+    SpmmParams {
         values: tensors.values,
         metadata: tensors.metadata,
         weight: tensors.weight,
@@ -82,20 +92,41 @@ pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, tensors
         n: problem.n as i32,
         k: problem.k as i32,
         rank: problem.rank as i32,
-    };
-    // SAFETY: these are the parameters of every spmm kernel; the caller vouches for what they point to.
-    unsafe { enqueue(place, Kernel::Spmm(kernel), launch, &mut params) }
+    }
 }
 
+fn spmm_sm90_params(tile: &Tile, problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> Result<SpmmSm90Params> {
+    let maps = SpmmMaps::new(tile, problem, tensors);
+    let encoded = |map: Option<TensorMap>| map.map_or(Ok(tensor_map::UNUSED), |map| map.encode());
+    Ok(SpmmSm90Params {
+        values: maps.values.encode()?,
+        weight: maps.weight.encode()?,
+        branch: encoded(maps.branch)?,
+        comp_up: encoded(maps.comp_up)?,
+        metadata: tensors.metadata,
+        row_scale: tensors.row_scale,
+        bias: tensors.bias,
+        out: tensors.out,
+        m: problem.m as i32,
+        n: problem.n as i32,
+        k: problem.k as i32,
+        rank: problem.rank as i32,
+    })
+}
+
+/// Launches a kernel with the parameters that `params` makes. They are made last: by then the driver is known to be new enough for the
+/// calls that takes.
+///
 /// # Safety
 ///
-/// `params` must be the one struct that `kernel` takes, and what it points to must be as that kernel expects. `place.device` must have
+/// `params` must make the one struct that `kernel` takes, and what it points to must be as that kernel expects. `place.device` must have
 /// passed [`device::device`].
-unsafe fn enqueue<P: Copy>(place: Place, kernel: Kernel, launch: Launch, params: &mut P) -> Result<()> {
+unsafe fn enqueue<P: Copy>(place: Place, kernel: Kernel, launch: Launch, params: impl FnOnce() -> Result<P>) -> Result<()> {
     let _current = Current::enter(place.device)?;
     let function = kernels::function(place.device, kernel, launch.shared_bytes)?;
     let stream = ptr::without_provenance_mut::<sys::CUstream_st>(place.stream as usize);
-    let mut arguments = [ptr::from_mut(params).cast::<c_void>()];
+    let mut params = params()?;
+    let mut arguments = [ptr::from_mut(&mut params).cast::<c_void>()];
     // SAFETY: the function belongs to the current context; the driver copies the parameters before it returns; the rest is the
     // caller's promise.
     let status = unsafe {

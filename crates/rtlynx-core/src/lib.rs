@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernel` |
 //! | [`kernels`] | the embedded device code and a lazy cache of loaded functions |
+//! | [`tensor_map`] | what the copy engine of Hopper is told of a matrix: pure arguments, and their encoding by the driver |
 //! | [`device`] | the driver: present or not, its version, its devices, the primary context |
 //! | [`dispatch`] | pure: (architecture, problem) → kernel and launch geometry |
 //! | [`config`] | the kernels there are, as data: names, tiles, resources |
@@ -23,6 +24,7 @@ pub mod kernels;
 pub mod launch;
 pub mod params;
 pub mod problem;
+pub mod tensor_map;
 
 #[cfg(test)]
 mod header;

@@ -1,5 +1,7 @@
 //! The struct each kernel takes by value. Twins of `cuda/include/rtlynx/params.cuh`; a test compares them field by field.
 
+use cudarc::driver::sys::CUtensorMap;
+
 /// An address in device memory; 0 is the null pointer.
 pub type Address = u64;
 
@@ -37,7 +39,7 @@ pub struct SparsifyParams {
     pub eps: f32,
 }
 
-/// What the `spmm_*` kernels take.
+/// What the `spmm_sm80_*` kernels take.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SpmmParams {
@@ -67,8 +69,39 @@ pub struct SpmmParams {
     pub rank: i32,
 }
 
+/// What the `spmm_sm90_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SpmmSm90Params {
+    /// `[m, k / 2]`
+    pub values: CUtensorMap,
+    /// `[n, k]`
+    pub weight: CUtensorMap,
+    /// `[m, rank]`; not read when rank is 0
+    pub branch: CUtensorMap,
+    /// `[n, rank]`; not read when rank is 0
+    pub comp_up: CUtensorMap,
+    /// metadata words
+    pub metadata: Address,
+    /// `[m]` f32, or null
+    pub row_scale: Address,
+    /// `[n]`, or null
+    pub bias: Address,
+    /// `[m, n]` out
+    pub out: Address,
+    /// tokens
+    pub m: i32,
+    /// output channels
+    pub n: i32,
+    /// input channels
+    pub k: i32,
+    /// branch rank
+    pub rank: i32,
+}
+
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::header::fields;
 
     const HEADER: &str = include_str!("../../../cuda/include/rtlynx/params.cuh");
@@ -89,16 +122,27 @@ mod tests {
             "int64_t" => "i64",
             "int32_t" => "i32",
             "float" => "f32",
+            "CUtensorMap" => "CUtensorMap",
             other => panic!("no twin for the C type `{other}`"),
         }
     }
 
     #[test]
     fn structs_are_those_of_the_cuda_header() {
-        for name in ["SparsifyParams", "SpmmParams"] {
+        for name in ["SparsifyParams", "SpmmParams", "SpmmSm90Params"] {
             let expected: Vec<_> = fields(HEADER, name).into_iter().map(|(kind, field)| (twin(kind), field)).collect();
             assert!(expected.len() > 8, "{name}: {expected:?}");
             assert_eq!(rust_fields(name), expected, "{name}");
         }
+    }
+
+    /// The copy engine wants maps aligned to 64 bytes. CUDA's header says 64 before release 13 and 128 since: that moves no field, only the
+    /// end of the struct.
+    #[test]
+    fn tensor_maps_lie_where_the_kernel_reads_them() {
+        assert!(align_of::<SpmmSm90Params>() >= 64);
+        assert_eq!(size_of::<CUtensorMap>(), 128);
+        assert_eq!(std::mem::offset_of!(SpmmSm90Params, comp_up), 3 * 128);
+        assert_eq!(std::mem::offset_of!(SpmmSm90Params, metadata), 4 * 128);
     }
 }

@@ -1,6 +1,8 @@
 // Kernel parameters, passed by value. Twins of the structs in crates/rtlynx-core/src/params.rs (a Rust test compares the fields).
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace rtlynx {
@@ -29,6 +31,21 @@ struct SpmmParams {
   const float* row_scale;   // [m], or null
   const void* branch;       // [m, rank], or null when rank == 0
   const void* comp_up;      // [n, rank], or null when rank == 0
+  const void* bias;         // [n], or null
+  void* out;                // [m, n] out
+  int32_t m;                // tokens
+  int32_t n;                // output channels, a multiple of 8
+  int32_t k;                // input channels, a multiple of 64
+  int32_t rank;             // a multiple of 16, at most 128
+};
+
+struct SpmmSm90Params {
+  CUtensorMap values;       // [m, k / 2], boxes of 256 x 32, 64-byte swizzle
+  CUtensorMap weight;       // [n, k], boxes of 192 x 64, 128-byte swizzle
+  CUtensorMap branch;       // [m, rank], boxes of 256 x 32, 64-byte swizzle; not read when rank == 0
+  CUtensorMap comp_up;      // [n, rank], boxes of 192 x 32, 64-byte swizzle; not read when rank == 0
+  const uint32_t* metadata; // [ceil(k / 256), 4 ceil(m / 64), 32, 4]
+  const float* row_scale;   // [m], or null
   const void* bias;         // [n], or null
   void* out;                // [m, n] out
   int32_t m;                // tokens

@@ -64,8 +64,8 @@ def calibrate(
         max_tokens: Tokens sampled from one call of one layer at most. Together (prompts × steps × max_tokens) they should be 4 to 8
             times a layer's input channels.
         batch_size: Prompts per run of the pipeline.
-        memory: Bytes for statistics (4·K² a layer, twice that for ``"paper"``); default: half of what is free on the GPU, or a quarter
-            of the machine's memory.
+        memory: Bytes for statistics (8·K² a layer, half of that for split without norm compensation); default: half of what is free on
+            the GPU, or a quarter of the machine's memory.
         **pipe_kwargs: For the pipeline, e.g. ``num_inference_steps=8``.
 
     Returns:

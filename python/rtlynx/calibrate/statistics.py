@@ -10,32 +10,36 @@ from rtlynx.config import Branch
 from rtlynx.linear import SparseLinear
 
 
-def selection_residual(layer: SparseLinear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(X', E): the shifted input and what the sparse product misses of it, ``E = X' - s·S(X')``, both float32.
+def regressors(layer: SparseLinear, x: Tensor, branch: Branch) -> tuple[Tensor, Tensor]:
+    """(Z, E): what the branch reads and what the sparse product misses, ``E = X' - s·S(X')``, both ``(M, K)`` float32.
+
+    ``Z = X'`` for ``branch="input"`` and ``X' - S(X')`` for ``"dropped"``, where without norm compensation Z is E.
 
     Args:
         layer: Says how to select; its weight is not used.
         x: ``(M, K)`` in the layer's dtype.
+        branch: What the branch reads.
     """
     sparse = reference.sparsify(x, layer.score, layer.shift, norm_compensation=layer.norm_compensation)
     kept = reference.decompress(sparse.values, sparse.metadata).float()
-    if layer.norm_compensation:
-        kept *= sparse.row_scale[:, None]
     shifted = reference.shifted(x, layer.shift).float()
-    return shifted, shifted - kept
+    dropped = shifted - kept
+    missed = shifted - kept * sparse.row_scale[:, None] if layer.norm_compensation else dropped
+    return dropped if branch == "dropped" else shifted, missed
 
 
 class LayerStatistics:
     """Running sums ``Σ zᵀz`` and ``Σ zᵀe`` over the tokens a layer reads, float32, on the device of its input.
 
-    ``z`` is what the branch will read and ``e`` what the sparse product misses; with ``branch="dropped"`` they are one.
+    ``z`` is what the branch will read and ``e`` what the sparse product misses; with ``branch="dropped"`` and no norm compensation they
+    are one.
 
     Of every call at most ``max_tokens`` tokens are sampled, without replacement, and weighted so that a call counts with all its tokens.
 
     Attributes:
         sampled: Tokens that entered the sums.
         zz: ``(K, K)``, the mean of ``zᵀz`` over tokens once `finish` was called.
-        ze: ``(K, K)``, likewise; None for ``branch="dropped"``.
+        ze: ``(K, K)``, likewise; None where e is z.
     """
 
     zz: Tensor
@@ -43,7 +47,7 @@ class LayerStatistics:
 
     def __init__(self, layer: SparseLinear, branch: Branch, max_tokens: int, seed: int) -> None:
         self.layer = layer
-        self.split = branch == "dropped"
+        self.branch: Branch = branch
         self.max_tokens = max_tokens
         self.sampled = 0
         self._tokens = 0
@@ -53,7 +57,7 @@ class LayerStatistics:
     @staticmethod
     def bytes_needed(layer: SparseLinear, branch: Branch) -> int:
         """Memory the sums take."""
-        return 4 * layer.in_features**2 * (1 if branch == "dropped" else 2)
+        return 4 * layer.in_features**2 * (1 if _one_sum(layer, branch) else 2)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
@@ -64,12 +68,11 @@ class LayerStatistics:
             return
         if tokens > self.max_tokens:
             x = x[torch.randperm(tokens, generator=self._generator)[: self.max_tokens].to(x.device)]
-        shifted, e = selection_residual(self.layer, x)
+        z, e = regressors(self.layer, x, self.branch)
         weight = tokens / x.shape[0]
         if self.sampled == 0:
-            self.zz = shifted.new_zeros(x.shape[1], x.shape[1])
-            self.ze = None if self.split else torch.zeros_like(self.zz)
-        z = e if self.split else shifted
+            self.zz = z.new_zeros(x.shape[1], x.shape[1])
+            self.ze = None if _one_sum(self.layer, self.branch) else torch.zeros_like(self.zz)
         self.zz.addmm_(z.T, z, alpha=weight)
         if self.ze is not None:
             self.ze.addmm_(z.T, e, alpha=weight)
@@ -85,3 +88,8 @@ class LayerStatistics:
         self.zz /= self._tokens
         if self.ze is not None:
             self.ze /= self._tokens
+
+
+def _one_sum(layer: SparseLinear, branch: Branch) -> bool:
+    """Whether what the branch reads is what the sparse product misses, so that Σze is Σzz."""
+    return branch == "dropped" and not layer.norm_compensation

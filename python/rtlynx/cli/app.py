@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from rtlynx.cli import bench
 from rtlynx.cli.demo import demo
 from rtlynx.cli.info import info
 from rtlynx.errors import RTLynxError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

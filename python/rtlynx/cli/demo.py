@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def demo(
 
     Writes a picture grid (demo.png), a page that explains it (demo.html) and the numbers (demo.json).
     """
+    # Before torch loads its thread pool: threads that wait by spinning make a busy machine several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from rich.console import Console
 
     from rtlynx.demo.run import Settings, run_demo

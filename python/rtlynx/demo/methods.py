@@ -7,8 +7,15 @@ from typing import Literal
 
 from rtlynx.config import SparsityConfig
 
-SENSITIVE_LAYERS: tuple[str, ...] = ("transformer_blocks.*.ff.**", "single_transformer_blocks.*.proj_out")
-"""Layers of the shipped model whose sparsity costs most; the last method keeps them dense."""
+SENSITIVE_LAYERS = (
+    "transformer_blocks.0.attn.to_out.0",
+    "transformer_blocks.0.ff.net.0.proj",
+    *(f"single_transformer_blocks.{block}.proj_out" for block in (4, 5, 6)),
+)
+"""Layers of the shipped model that the last method keeps dense: those whose sparsity costs most velocity error for their FLOPs.
+
+Found by making one layer at a time dense after calibration, then comparing sets on other prompts and noise.
+"""
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ DEFAULT_WEIGHTS = Path(__file__).parent / "weights"  # the pipeline folder that 
 
 
 @dataclass
-class ScenesPipelineOutput(BaseOutput):  # type: ignore[misc]
+class ScenesPipelineOutput(BaseOutput):
     """``images``: PIL images, or a NumPy array (n, 64, 64, 3) or tensor (n, 3, 64, 64) in 0..1."""
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
-class ScenesPipeline(DiffusionPipeline):  # type: ignore[misc]
+class ScenesPipeline(DiffusionPipeline):
     """Draws 64 x 64 pictures from captions such as ``"a red circle at the top left on yellow stripes"`` (see `captions`).
 
     Rectified flow in pixel space: there is no VAE, and no text encoder. Load it with

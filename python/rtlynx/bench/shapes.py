@@ -1,0 +1,28 @@
+"""The layers the benches run, by name: (M, N, K) of real diffusion transformers at 1024 x 1024, and ragged ones."""
+
+from __future__ import annotations
+
+SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "dit": (
+        (4096, 3072, 3072),  # FLUX, Qwen-Image: attention of the image stream
+        (4608, 9216, 3072),  # FLUX: q, k and v of a single-stream block as one
+        (4608, 12288, 3072),  # FLUX: MLP up
+        (4608, 3072, 12288),  # FLUX: MLP down
+        (4608, 3072, 15360),  # FLUX: proj_out of a single-stream block
+        (4608, 21504, 3072),  # FLUX: everything that reads the input of a single-stream block
+        (4224, 3840, 3840),  # Z-Image: attention
+        (4224, 20480, 3840),  # Z-Image: w1 and w3
+        (4224, 3840, 10240),  # Z-Image: w2
+        (8192, 8192, 12288),  # the paper's largest
+    ),
+    "small": tuple((m, n, k) for m in (512, 77, 33, 1) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))),
+    "odd": (
+        (6889, 3072, 3072),  # Qwen-Image at 1328 x 1328
+        (4250, 9728, 2432),  # SD3.5 Large: K = 38 * 64
+        (4250, 2432, 9728),
+        (4096, 4608, 1152),  # PixArt-Sigma
+        (4250, 13824, 5120),  # Wan 2.1 14B
+        (4250, 5120, 13824),
+        (4608, 55296, 6144),  # FLUX.2: attn.to_qkv_mlp_proj
+    ),
+}
