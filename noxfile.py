@@ -51,12 +51,24 @@ def test_gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def sanitize(session: nox.Session) -> None:
-    """The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory, reads of memory never written."""
+    """The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory, reads of memory never written.
+
+    Only this project's kernels are looked at, and full-size layers are left out: under the sanitizer they would take hours.
+    """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
+    ours = ("--kernel-name", "kns=sparsify", "--kernel-name", "kns=spmm")
     for tool in ("memcheck", "racecheck", "initcheck"):
-        options = ("--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
-        run(session, sanitizer, *options, "python", "-m", "pytest", "tests/gpu", "-x", *session.posargs)
+        options = ("--tool", tool, *ours, "--error-exitcode", "1", "--target-processes", "all")
+        run(session, sanitizer, *options, "python", "-m", "pytest", "tests/gpu", "-x", "-m", "not large", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Time the layer and its parts on this machine's GPU; the figures go to benches/results."""
+    install(session, strict=False)
+    for shapes in ("dit", "small", "odd"):
+        run(session, "rtlynx", "bench", "gemm", "--shapes", shapes, "--out", "benches/results", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -1,87 +1,19 @@
 // sparsify: one read of X gives the compressed values, the metadata, the row scale and the input of the rank-r branch.
 //
-// A block owns 16 rows (one m16 tile of the metadata); its 8 warps take 64-column units in turn. Inside a unit, lane (g = lane / 4,
-// q = lane % 4) owns 16 columns of two rows, which is just what its metadata word describes, so no lane talks to another:
-//
-//                      64 columns
-//            +--------+--------+--------+--------+
-//   row g    |  q = 0 |  q = 1 |  q = 2 |  q = 3 |     32 bytes of X in, 16 bytes of values out, half a word of metadata
-//   row g+8  |  q = 0 |  q = 1 |  q = 2 |  q = 3 |
-//            +--------+--------+--------+--------+
+// A block owns 16 rows (one m16 tile of the metadata); its 8 warps take units of 16 x 64 in turn (lane_tile.cuh).
 //
 // The branch is a dense m16n8k16 product. The order of k inside a product is free as long as both operands agree, so the lane's own
 // group c (4 columns) serves as its part of k-step c, and comp_down is read in the same order: again no exchange, no shared memory.
 // Sums across warps go through shared memory in a fixed order: the result does not depend on scheduling.
 
-#include "rtlynx/element.cuh"
-#include "rtlynx/format.cuh"
-#include "rtlynx/params.cuh"
+#include "rtlynx/lane_tile.cuh"
 #include "rtlynx/ptx/mma.cuh"
-#include "rtlynx/select24.cuh"
 
 namespace rtlynx {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kLaneCols = 16;                    // columns a lane owns in a unit, of each of its two rows
-constexpr int kLanePairs = kLaneCols / 2;        // registers they fill
-constexpr int kLaneGroups = kLaneCols / kGroup;  // groups they form
-
-// The lane's 2 x 16 elements of a unit.
-struct LaneTile {
-  uint32_t pairs[2][kLanePairs];
-};
-
-__device__ __forceinline__ LaneTile load_tile(const SparsifyParams& p, int row, int col) {
-  LaneTile tile = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (row + 8 * half < p.m && col < p.k) {
-      const auto* source = static_cast<const uint16_t*>(p.x) + (row + 8 * half) * p.ldx + col;
-      const uint4 low = __ldg(reinterpret_cast<const uint4*>(source));
-      const uint4 high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
-      uint32_t(&r)[kLanePairs] = tile.pairs[half];
-      r[0] = low.x, r[1] = low.y, r[2] = low.z, r[3] = low.w;
-      r[4] = high.x, r[5] = high.y, r[6] = high.z, r[7] = high.w;
-    }
-  }
-  return tile;
-}
-
-// Rows past the end stay zero: the metadata describes them as padding.
-template <class T>
-__device__ __forceinline__ void subtract_shift(const SparsifyParams& p, int row, int col, LaneTile& tile) {
-#pragma unroll
-  for (int i = 0; i < kLanePairs; ++i) {
-    const float2 shift = __ldg(reinterpret_cast<const float2*>(p.shift + col) + i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= p.m) continue;
-      const float2 x = T::unpack(tile.pairs[half][i]);
-      tile.pairs[half][i] = T::pack(x.x - shift.x, x.y - shift.y);
-    }
-  }
-}
-
-template <class T>
-__device__ __forceinline__ Selection select_scored(uint32_t x01, uint32_t x23, float4 score) {
-  constexpr uint32_t kMagnitude = 0x7fffffffu;
-  const float2 low = T::unpack(x01), high = T::unpack(x23);
-  return select24(x01, x23, __float_as_uint(low.x * score.x) & kMagnitude, __float_as_uint(low.y * score.y) & kMagnitude,
-                  __float_as_uint(high.x * score.z) & kMagnitude, __float_as_uint(high.y * score.w) & kMagnitude);
-}
-
-template <class T>
-__device__ __forceinline__ float square(uint32_t pair) {
-  const float2 x = T::unpack(pair);
-  return x.x * x.x + x.y * x.y;
-}
-
-__device__ __forceinline__ float sum_over_quad(float value) {
-  value += __shfl_xor_sync(0xffffffffu, value, 1);
-  return value + __shfl_xor_sync(0xffffffffu, value, 2);
-}
 
 // d[tile] += a · comp_down^T over the lane's unit, tile = 8 columns of the branch.
 template <class T, int kTiles>
@@ -132,29 +64,12 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
     uint32_t word = kPaddingWord;
     if (col0 < p.k) {
       if (p.shift) subtract_shift<T>(p, row, col, x);
-      word = 0;
-      LaneTile a;  // what the branch reads
+      const SelectedTile<T> selected(p, col, x);
+      word = selected.word;
+      if (writes_selection) selected.store_values(p, row, col);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t compressed[kLaneGroups];
-#pragma unroll
-        for (int c = 0; c < kLaneGroups; ++c) {
-          const uint32_t x01 = x.pairs[half][2 * c], x23 = x.pairs[half][2 * c + 1];
-          const Selection s =
-              p.score ? select_scored<T>(x01, x23, __ldg(reinterpret_cast<const float4*>(p.score + col) + c)) : select24(x01, x23);
-          compressed[c] = s.kept;
-          word |= s.nibble << (16 * half + 4 * c);
-          norm[half] += square<T>(x01) + square<T>(x23);
-          norm_kept[half] += square<T>(s.kept);
-#pragma unroll
-          for (int i = 0; i < 2; ++i) a.pairs[half][2 * c + i] = p.branch_of_dropped ? s.dropped[i] : x.pairs[half][2 * c + i];
-        }
-        if (writes_selection && row + 8 * half < p.m) {
-          auto* target = static_cast<uint16_t*>(p.values) + static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
-          *reinterpret_cast<uint4*>(target) = make_uint4(compressed[0], compressed[1], compressed[2], compressed[3]);
-        }
-      }
-      if constexpr (kRankCapacity > 0) project<T, kTiles>(p, n0, col, lane, a, d);
+      for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
+      if constexpr (kRankCapacity > 0) project<T, kTiles>(p, n0, col, lane, selected.branch_input, d);
     }
     if (writes_selection) p.metadata[metadata_index(row0, col0, lane, p.m)] = word;
   }

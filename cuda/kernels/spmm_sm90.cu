@@ -17,6 +17,7 @@
 #include "rtlynx/format.cuh"
 #include "rtlynx/params.cuh"
 #include "rtlynx/ptx/cp_async.cuh"
+#include "rtlynx/ptx/load.cuh"
 #include "rtlynx/ptx/mbarrier.cuh"
 #include "rtlynx/ptx/registers.cuh"
 #include "rtlynx/ptx/tma.cuh"
@@ -152,32 +153,42 @@ struct Consumer {
     ring.advance();
   }
 
-  __device__ __forceinline__ void finish(Accumulators& acc) {
+  // Waits for all products in flight and frees their `stages` stages.
+  __device__ __forceinline__ void finish(Accumulators& acc, int stages) const {
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) ptx::pin_registers(acc[i]);
-    release(ring.stage == 0 ? kStages - 1 : ring.stage - 1);
+    for (int s = 1; s <= stages; ++s) release(ring.stage >= s ? ring.stage - s : ring.stage - s + kStages);
   }
 
-  __device__ __forceinline__ void scale_rows(Accumulators& acc, int row) const {
+  // The row scales of the lane's rows: g and g + 8 of the warp's m16 tile in each m64 tile.
+  __device__ __forceinline__ void load_row_scale(int row, float (&scale)[kTilesM][2]) const {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
-      const int low_row = row + 64 * i + lane / 4;
-      const float low = low_row < p.m ? __ldg(p.row_scale + low_row) : 0.0f;
-      const float high = low_row + 8 < p.m ? __ldg(p.row_scale + low_row + 8) : 0.0f;
 #pragma unroll
-      for (int j = 0; j < 96; ++j) acc[i][j] *= j % 4 < 2 ? low : high;
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 64 * i + 8 * half + lane / 4;
+        scale[i][half] = p.row_scale && r < p.m ? __ldg(p.row_scale + r) : 1.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void scale_rows(Accumulators& acc, const float (&scale)[kTilesM][2]) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int j = 0; j < 96; ++j) acc[i][j] *= scale[i][j % 4 / 2];
     }
   }
 
   __device__ __forceinline__ void add_branch(Accumulators& acc) {
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) ptx::pin_registers(acc[i]);
+    ptx::wgmma_fence();
     for (int k0 = 0; k0 < p.rank; k0 += kRankStep) {
       ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
       const uint64_t a = ptx::matrix_descriptor<ptx::Swizzle::k64Bytes>(shared.a(ring.stage) + group * kTilesM * 64 * 64);
       const uint64_t w = ptx::matrix_descriptor<ptx::Swizzle::k64Bytes>(shared.w(ring.stage));
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) ptx::pin_registers(acc[i]);
-      ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kRankStep / 16; ++step) {
 #pragma unroll
@@ -187,8 +198,8 @@ struct Consumer {
       }
       ptx::wgmma_commit();
       ring.advance();
-      finish(acc);
     }
+    finish(acc, (p.rank + kRankStep - 1) / kRankStep);
   }
 
   // Rounds once and stores 64 x 96 pieces through shared memory, so that every global store is 16 bytes of a row segment of 192.
@@ -203,8 +214,7 @@ struct Consumer {
 #pragma unroll
         for (int j = 0; j < kStoreCols / 8; ++j) {
           const int column = 8 * j + 2 * q;
-          float2 b = {};
-          if (bias && column0 + column < p.n) b = T::unpack(__ldg(reinterpret_cast<const uint32_t*>(bias + column0 + column)));
+          const float2 b = T::unpack(ptx::load_or_zero(bias + column0 + column, bias && column0 + column < p.n));
           const float* d = acc[i] + 4 * (part * kStoreCols / 8 + j);
           uint8_t* target = staging + (16 * warp + g) * kStoreRow + column * 2;
           *reinterpret_cast<uint32_t*>(target) = T::pack(d[0] + b.x, d[1] + b.y);
@@ -243,9 +253,11 @@ struct Consumer {
         sparse_stage(acc, odd, false);
         if (s + 2 < steps) load_metadata(words, s + 2, even);
       }
-      finish(acc);
-      if (p.row_scale) scale_rows(acc, row);
-      add_branch(acc);
+      float scale[kTilesM][2];
+      load_row_scale(row, scale);  // arrives while the last products are in flight
+      finish(acc, 1);
+      if (p.row_scale) scale_rows(acc, scale);
+      if (p.rank > 0) add_branch(acc);
       store(acc, origin, staging);
     }
   }

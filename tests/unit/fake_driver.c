@@ -55,12 +55,23 @@ int cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address
   fflush(stdout);
   return setting("FAKE_ENCODE", 0);
 }
-int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
-                   void** params, void** extra) {
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  struct { int id; char pad[4]; unsigned value[16]; }* attributes;
+  unsigned count;
+};
+int cuLaunchKernelEx(const struct LaunchConfig* config, void* function, void** params, void** extra) {
   if (!getenv("FAKE_SILENT")) {
+    const unsigned *grid = config->grid, *block = config->block;
     const uint64_t* first = params[0];
-    printf("launch %ux%ux%u of %ux%ux%u, %u bytes, stream %#lx, first pointer %#lx\n", gx, gy, gz, bx, by, bz, shared, (unsigned long)stream,
-           (unsigned long)first[0]);
+    printf("launch %ux%ux%u of %ux%ux%u, %u bytes, stream %#lx, first pointer %#lx", grid[0], grid[1], grid[2], block[0], block[1], block[2],
+           config->shared, (unsigned long)config->stream, (unsigned long)first[0]);
+    for (unsigned i = 0; i < config->count; ++i) {
+      const unsigned* value = config->attributes[i].value;
+      printf(", attribute %d: %ux%ux%u", config->attributes[i].id, value[0], value[1], value[2]);
+    }
+    printf("\n");
     fflush(stdout);
   }
   return setting("FAKE_LAUNCH", 0);

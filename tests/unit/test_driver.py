@@ -94,8 +94,8 @@ def test_an_absent_device_is_refused(driver: Path) -> None:
 @needs_device_code
 def test_a_launch_loads_once_and_leaves_the_thread_as_it_was(driver: Path) -> None:
     launch = "launch 8x2x1 of 256x1x1, 32768 bytes, stream 0x5, first pointer 0x100000"
-    assert run(driver, "sparsify(); sparsify()") == [
-        *["retain", "push", "capture relaxed", "load", "sparsify_bf16_r64_scaled", "capture restored", launch, "pop"],
+    assert run(driver, "sparsify(); sparsify()", capability=80) == [
+        *["retain", "push", "capture relaxed", "load", "sparsify_bf16_r64", "capture restored", launch, "pop"],
         *["push", launch, "pop"],
     ]
 
@@ -110,6 +110,25 @@ def test_every_device_loads_its_own_code(driver: Path) -> None:
 def test_the_grid_covers_a_ragged_problem(driver: Path) -> None:
     (launch,) = [line for line in run(driver, "sparse_linear()") if line.startswith("launch")]
     assert launch.startswith("launch 10x1x1 of 128x1x1, 49152 bytes")  # 64 x 64 tiles: 2 of M = 100, 5 of N = 264
+
+
+@needs_device_code
+@pytest.mark.parametrize(
+    "m, k, blocks, cluster",  # a cluster for every 64 rows; attribute 4 is its size
+    [(100, 128, 4, ", attribute 4: 2x1x1"), (4608, 3072, 216, ", attribute 4: 3x1x1"), (20000, 3072, 313, "")],
+)
+def test_hopper_sparsifies_in_clusters(driver: Path, m: int, k: int, blocks: int, cluster: str) -> None:
+    *_, symbol, _, launch, _ = run(driver, f"sparsify(m={m}, k={k})")
+    assert symbol == "sparsify_sm90_bf16_r64"
+    assert launch == f"launch {blocks}x2x1 of 256x1x1, 49152 bytes, stream 0x5, first pointer 0x100000{cluster}"
+
+
+@needs_device_code
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_other_gpus_get_no_clusters(driver: Path, capability: int) -> None:
+    calls = run(driver, "sparsify(m=4608, k=3072)", capability=capability)
+    assert "sparsify_bf16_r64" in calls
+    assert not any("attribute" in call for call in calls)
 
 
 HOPPER = "sparse_linear(m=4000, n=3080, k=2432, rank={rank}, dtype='bfloat16')"
@@ -163,7 +182,7 @@ def test_an_old_driver_is_refused_before_it_is_asked_for_a_map(driver: Path) -> 
 def test_a_failed_launch_is_named(driver: Path) -> None:
     *_, popped, message = run(driver, "sparse_linear()", launch=719)
     assert popped == "pop"
-    assert message == "DeviceError: cuLaunchKernel failed with CUDA_ERROR_LAUNCH_FAILED (CUDA error 719)"
+    assert message == "DeviceError: cuLaunchKernelEx failed with CUDA_ERROR_LAUNCH_FAILED (CUDA error 719)"
 
 
 def test_no_rows_launch_nothing(driver: Path) -> None:

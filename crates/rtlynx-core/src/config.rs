@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::format::TILE_ROWS;
+use crate::format::{BLOCK_COLS, TILE_ROWS, ceil_div};
 use crate::problem::Dtype;
 
 /// Launch geometry of one kernel on one problem.
@@ -10,6 +10,8 @@ use crate::problem::Dtype;
 pub struct Launch {
     /// Thread blocks along x and y.
     pub blocks: (u32, u32),
+    /// Neighbours along x that form a thread block cluster; 1: no clusters. Divides the blocks along x.
+    pub cluster: u32,
     /// Threads of a block.
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
@@ -34,53 +36,12 @@ impl fmt::Display for Kernel {
     }
 }
 
-/// `sparsify_{dtype}_r{capacity}[_scaled]`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SparsifyKernel {
-    /// Element type.
-    pub dtype: Dtype,
-    /// Branch columns one block computes; 0: no branch. A larger rank is split over blocks along y.
-    pub capacity: i64,
-    /// Whether it keeps two accumulators: the branch of the dropped part under norm compensation needs `X·C` and `S(X)·C` apart,
-    /// because the row scale that combines them is known only after the whole row has been read.
-    pub scaled: bool,
-}
-
-impl SparsifyKernel {
-    /// Rank capacities that are compiled.
-    pub const CAPACITIES: [i64; 4] = [0, 16, 32, 64];
-    /// Threads of a block.
-    pub const THREADS: u32 = 32 * Self::WARPS;
-    /// Rows of x one block serves.
-    pub const ROWS: i64 = TILE_ROWS;
-    /// Warps of a block: each takes its share of the columns, partial branches meet in shared memory.
-    const WARPS: u32 = 8;
-
-    /// Every kernel of this family.
-    pub fn all() -> impl Iterator<Item = Self> {
-        let variants = Self::CAPACITIES.into_iter().flat_map(|capacity| [(capacity, false), (capacity, true)]);
-        let variants = variants.filter(|&(capacity, scaled)| capacity > 0 || !scaled);
-        variants.flat_map(|(capacity, scaled)| Dtype::ALL.map(|dtype| Self { dtype, capacity, scaled }))
-    }
-
-    /// Dynamic shared memory: one f32 tile of rows × capacity per warp.
-    pub fn shared_bytes(&self) -> u32 {
-        Self::WARPS * (Self::ROWS * self.capacity) as u32 * size_of::<f32>() as u32
-    }
-}
-
-impl fmt::Display for SparsifyKernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sparsify_{}_r{}{}", self.dtype, self.capacity, if self.scaled { "_scaled" } else { "" })
-    }
-}
-
-/// Which instruction a GEMM is built on.
+/// Which GPUs a kernel is written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
-    /// `mma.sp` fed by `cp.async`: every GPU from compute capability 8.0.
+    /// Every GPU from compute capability 8.0. The GEMM is `mma.sp` fed by `cp.async`.
     Sm80,
-    /// `wgmma.sp` fed by tensor maps: compute capability 9.0 and no other.
+    /// Compute capability 9.0 and no other. The GEMM is `wgmma.sp` fed by tensor maps; sparsify shares rows among a cluster of blocks.
     Sm90,
 }
 
@@ -93,10 +54,76 @@ impl fmt::Display for Family {
     }
 }
 
+/// `sparsify_{dtype}_r{capacity}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SparsifyKernel {
+    /// Which GPUs it is written for.
+    pub family: Family,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Branch columns one block computes; 0: no branch. A larger rank is split over blocks along y.
+    pub capacity: i64,
+}
+
+impl SparsifyKernel {
+    /// Rank capacities that are compiled.
+    pub const CAPACITIES: [i64; 4] = [0, 16, 32, 64];
+    /// Threads of a block.
+    pub const THREADS: u32 = 32 * Self::WARPS;
+    /// Largest cluster that every GPU with clusters accepts.
+    pub const MAX_CLUSTER: i64 = 8;
+    /// Warps of a block.
+    const WARPS: u32 = 8;
+    /// Columns that a block of the sm90 family works on at a time.
+    const STEP_COLS: i64 = 128;
+    /// Such steps of `comp_down` in shared memory at once.
+    const STAGES: i64 = 3;
+
+    /// Every kernel of both families.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let families = [Family::Sm80, Family::Sm90].into_iter();
+        let variants = families.flat_map(|family| Self::CAPACITIES.map(|capacity| (family, capacity)));
+        variants.flat_map(|(family, capacity)| Dtype::ALL.map(|dtype| Self { family, dtype, capacity }))
+    }
+
+    /// Rows of x that one block serves, or one cluster of blocks.
+    pub const fn rows(&self) -> i64 {
+        match self.family {
+            Family::Sm80 => TILE_ROWS,
+            Family::Sm90 => 4 * TILE_ROWS,
+        }
+    }
+
+    /// Steps over the columns, of which each block of a cluster takes its share: the metadata is padded to whole blocks.
+    pub const fn steps(k: i64) -> i64 {
+        ceil_div(k, BLOCK_COLS) * (BLOCK_COLS / Self::STEP_COLS)
+    }
+
+    /// Dynamic shared memory of a block.
+    pub const fn shared_bytes(&self) -> u32 {
+        match self.family {
+            // The warps divide the columns: of each an f32 tile of rows × capacity.
+            Family::Sm80 => Self::WARPS * (self.rows() * self.capacity) as u32 * size_of::<f32>() as u32,
+            // The stages. The partial branches take their place at the end.
+            Family::Sm90 => (Self::STAGES * self.capacity * Self::STEP_COLS) as u32 * 2,
+        }
+    }
+}
+
+impl fmt::Display for SparsifyKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { family, dtype, capacity } = self;
+        match family {
+            Family::Sm80 => write!(f, "sparsify_{dtype}_r{capacity}"),
+            Family::Sm90 => write!(f, "sparsify_{family}_{dtype}_r{capacity}"),
+        }
+    }
+}
+
 /// One row of the tile table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
-    /// Instruction family.
+    /// Which GPUs it is written for.
     pub family: Family,
     /// Output rows of a block.
     pub bm: i64,
@@ -158,8 +185,8 @@ pub const TILES: [Tile; 4] = [
         // Of each of two warpgroups 64 rows of 96 padded columns; a full and an empty barrier a stage.
         epilogue_bytes: 2 * 64 * (96 * 2 + 16) + 5 * 2 * 8,
         persistent: true,
-        step_ns: 640,
-        tile_ns: 6000,
+        step_ns: 650,
+        tile_ns: 3700,
     },
     Tile { bm: 128, bn: 128, step_ns: 680, tile_ns: 2000, ..SM80 },
     Tile { bm: 128, bn: 64, step_ns: 400, tile_ns: 1000, ..SM80 },
@@ -198,19 +225,21 @@ mod tests {
 
     #[test]
     fn names_are_the_symbols_of_the_device_code() {
-        let name = |capacity, scaled| SparsifyKernel { dtype: Dtype::Bf16, capacity, scaled }.to_string();
-        assert_eq!(name(0, false), "sparsify_bf16_r0");
-        assert_eq!(name(64, true), "sparsify_bf16_r64_scaled");
+        let sparsify = |family| SparsifyKernel { family, dtype: Dtype::Bf16, capacity: 64 }.to_string();
+        assert_eq!(sparsify(Family::Sm80), "sparsify_bf16_r64");
+        assert_eq!(sparsify(Family::Sm90), "sparsify_sm90_bf16_r64");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[2] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
-        assert_eq!(SparsifyKernel::all().count(), 14);
+        assert_eq!(SparsifyKernel::all().count(), 16);
         assert_eq!(SpmmKernel::all().count(), 8);
     }
 
     #[test]
     fn shared_memory_is_what_the_kernels_lay_out() {
         assert_eq!(TILES.map(|tile| tile.shared_bytes()), [231504, 98304, 65536, 49152]);
-        let largest = SparsifyKernel { dtype: Dtype::F16, capacity: 64, scaled: true };
-        assert_eq!(largest.shared_bytes(), 32768);
+        let sparsify =
+            |family| SparsifyKernel::CAPACITIES.map(|capacity| SparsifyKernel { family, dtype: Dtype::F16, capacity }.shared_bytes());
+        assert_eq!(sparsify(Family::Sm80), [0, 8192, 16384, 32768]);
+        assert_eq!(sparsify(Family::Sm90), [0, 12288, 24576, 49152]);
     }
 }

@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn failed_calls_are_named() {
-        let error = check("cuLaunchKernel", CUresult::CUDA_ERROR_INVALID_VALUE).unwrap_err();
-        assert_eq!(error.to_string(), "cuLaunchKernel failed with CUDA_ERROR_INVALID_VALUE (CUDA error 1)");
+        let error = check("cuLaunchKernelEx", CUresult::CUDA_ERROR_INVALID_VALUE).unwrap_err();
+        assert_eq!(error.to_string(), "cuLaunchKernelEx failed with CUDA_ERROR_INVALID_VALUE (CUDA error 1)");
     }
 }

@@ -28,14 +28,18 @@ impl Arch {
         Self { capability, sms, shared_bytes: kib * 1024 }
     }
 
-    /// Whether the instructions of a tile exist here and a block of it fits.
-    fn runs(&self, tile: &Tile) -> bool {
-        let exists = match tile.family {
+    /// Whether the kernels of a family run here.
+    fn has(&self, family: Family) -> bool {
+        match family {
             Family::Sm80 => self.capability >= (8, 0),
             // The successors of Hopper do not have its instructions.
             Family::Sm90 => self.capability == (9, 0),
-        };
-        exists && tile.shared_bytes() <= self.shared_bytes
+        }
+    }
+
+    /// Whether the kernels of a tile run here and a block of it fits.
+    fn runs(&self, tile: &Tile) -> bool {
+        self.has(tile.family) && tile.shared_bytes() <= self.shared_bytes
     }
 
     fn require_sparse_tensor_cores(&self, op: &'static str) -> Result<()> {
@@ -43,25 +47,34 @@ impl Arch {
     }
 }
 
-/// The sparsify kernel of the smallest sufficient rank capacity, one block per 16 rows; ranks above the largest capacity take several
-/// blocks side by side.
+/// The sparsify kernel of the smallest sufficient rank capacity. Rows are divided among blocks, or clusters of blocks, along x; ranks above
+/// the largest capacity take several blocks along y.
 pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(SparsifyKernel, Launch)> {
     problem.validate()?;
     arch.require_sparse_tensor_cores(SPARSIFY)?;
     let [.., largest] = SparsifyKernel::CAPACITIES;
     let capacity = SparsifyKernel::CAPACITIES.into_iter().find(|&capacity| capacity >= problem.rank).unwrap_or(largest);
-    let scaled = problem.rank > 0 && problem.branch_of_dropped && problem.norm_compensation;
-    let kernel = SparsifyKernel { dtype: problem.dtype, capacity, scaled };
+    let family = if arch.has(Family::Sm90) { Family::Sm90 } else { Family::Sm80 };
+    let kernel = SparsifyKernel { family, dtype: problem.dtype, capacity };
+    // Padding rows too: the metadata describes them, and the GEMM reads it whole.
+    let row_blocks = ceil_div(padded_rows(problem.m), kernel.rows());
+    let rank_blocks = if problem.rank > 0 { ceil_div(problem.rank, capacity) } else { 1 };
+    let cluster = match family {
+        Family::Sm80 => 1,
+        Family::Sm90 => cluster(arch, row_blocks, SparsifyKernel::steps(problem.k)),
+    };
     let launch = Launch {
-        // Padding rows too: the metadata describes them, and the GEMM reads it whole.
-        blocks: (
-            ceil_div(padded_rows(problem.m), SparsifyKernel::ROWS) as u32,
-            if problem.rank > 0 { ceil_div(problem.rank, capacity) as u32 } else { 1 },
-        ),
+        blocks: ((row_blocks * cluster) as u32, rank_blocks as u32),
+        cluster: cluster as u32,
         threads: SparsifyKernel::THREADS,
         shared_bytes: kernel.shared_bytes(),
     };
     Ok((kernel, launch))
+}
+
+/// Blocks that share the columns of the same rows: as many as fill the GPU with two blocks a multiprocessor, each with a step to do.
+fn cluster(arch: &Arch, row_blocks: i64, steps: i64) -> i64 {
+    (2 * arch.sms / row_blocks).clamp(1, SparsifyKernel::MAX_CLUSTER.min(steps))
 }
 
 /// The GEMM kernel of least estimated time.
@@ -76,7 +89,7 @@ pub fn plan_sparse_linear(arch: &Arch, problem: &SparseLinearProblem) -> Result<
         return Err(Error::invalid(SPARSE_LINEAR, "m", got, "fewer than 2^31 output tiles"));
     }
     let blocks = if tile.persistent { tiles.min(arch.sms.max(1)) } else { tiles };
-    let launch = Launch { blocks: (blocks as u32, 1), threads: tile.threads, shared_bytes: tile.shared_bytes() as u32 };
+    let launch = Launch { blocks: (blocks as u32, 1), cluster: 1, threads: tile.threads, shared_bytes: tile.shared_bytes() as u32 };
     Ok((SpmmKernel { dtype: problem.dtype, tile }, launch))
 }
 
@@ -102,6 +115,10 @@ mod tests {
 
     fn h200() -> Arch {
         Arch::from_capability((9, 0), 132)
+    }
+
+    fn ampere() -> Arch {
+        Arch::from_capability((8, 0), 108)
     }
 
     fn linear(m: i64, n: i64, k: i64) -> SparseLinearProblem {
@@ -148,7 +165,7 @@ mod tests {
     #[test]
     fn the_grid_covers_every_output_element_once() {
         for (m, n) in [(1, 8), (63, 72), (129, 128), (4608, 12288), (1000, 3080)] {
-            for arch in [h200(), Arch::from_capability((8, 0), 108)] {
+            for arch in [h200(), ampere()] {
                 let (kernel, launch) = plan_sparse_linear(&arch, &linear(m, n, 64)).unwrap();
                 let Tile { bm, bn, persistent, .. } = kernel.tile;
                 let tiles = ceil_div(m, bm) * ceil_div(n, bn);
@@ -161,7 +178,7 @@ mod tests {
     #[test]
     fn persistent_blocks_fill_the_gpu_once() {
         let blocks = |m, n| plan_sparse_linear(&h200(), &linear(m, n, 3072)).unwrap().1;
-        assert_eq!(blocks(4608, 12288), Launch { blocks: (132, 1), threads: 384, shared_bytes: 231504 });
+        assert_eq!(blocks(4608, 12288), Launch { blocks: (132, 1), cluster: 1, threads: 384, shared_bytes: 231504 });
         assert_eq!(blocks(1024, 3072).blocks, (4 * 16, 1));
     }
 
@@ -179,38 +196,64 @@ mod tests {
 
     #[test]
     fn sparsify_takes_the_smallest_sufficient_capacity() {
-        let name = |rank| plan_sparsify(&h200(), &sparsify(10, rank)).unwrap().0.to_string();
+        let name = |rank| plan_sparsify(&ampere(), &sparsify(10, rank)).unwrap().0.to_string();
         assert_eq!(
             [0, 16, 48, 64, 80, 128].map(name),
-            [
-                "sparsify_f16_r0",
-                "sparsify_f16_r16_scaled",
-                "sparsify_f16_r64_scaled",
-                "sparsify_f16_r64_scaled",
-                "sparsify_f16_r64_scaled",
-                "sparsify_f16_r64_scaled",
-            ]
+            ["sparsify_f16_r0", "sparsify_f16_r16", "sparsify_f16_r64", "sparsify_f16_r64", "sparsify_f16_r64", "sparsify_f16_r64"]
         );
     }
 
     #[test]
-    fn two_accumulators_only_for_the_scaled_branch_of_the_dropped_part() {
-        let scaled = |problem| plan_sparsify(&h200(), &problem).unwrap().0.scaled;
-        assert!(scaled(sparsify(10, 16)));
-        assert!(!scaled(SparsifyProblem { norm_compensation: false, ..sparsify(10, 16) }));
-        assert!(!scaled(SparsifyProblem { branch_of_dropped: false, ..sparsify(10, 16) }));
-    }
-
-    #[test]
     fn sparsify_covers_the_padding_rows() {
-        let blocks = |m| plan_sparsify(&h200(), &sparsify(m, 0)).unwrap().1.blocks;
-        assert_eq!([1, 64, 65, 4608].map(blocks), [(4, 1), (4, 1), (8, 1), (288, 1)]);
+        let rows = |arch, m| {
+            let (kernel, launch) = plan_sparsify(arch, &sparsify(m, 0)).unwrap();
+            i64::from(launch.blocks.0 / launch.cluster) * kernel.rows()
+        };
+        for arch in [&ampere(), &h200()] {
+            assert_eq!([1, 64, 65, 4608].map(|m| rows(arch, m)), [64, 64, 128, 4608]);
+        }
+        assert_eq!(plan_sparsify(&ampere(), &sparsify(65, 0)).unwrap().1.blocks, (8, 1));
     }
 
     #[test]
     fn ranks_above_the_largest_capacity_are_split_over_blocks() {
-        let blocks = |rank| plan_sparsify(&h200(), &sparsify(64, rank)).unwrap().1.blocks;
-        assert_eq!([0, 16, 48, 64, 80, 128].map(blocks), [(4, 1), (4, 1), (4, 1), (4, 1), (4, 2), (4, 2)]);
+        for (arch, x) in [(ampere(), 4), (h200(), 8)] {
+            let blocks = |rank| plan_sparsify(&arch, &sparsify(64, rank)).unwrap().1.blocks;
+            assert_eq!([0, 16, 48, 64, 80, 128].map(blocks), [(x, 1), (x, 1), (x, 1), (x, 1), (x, 2), (x, 2)]);
+        }
+    }
+
+    #[test]
+    fn sparsify_in_clusters_runs_on_hopper_only() {
+        for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (9, 1), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)] {
+            let (kernel, launch) = plan_sparsify(&Arch::from_capability(capability, 132), &sparsify(512, 64)).unwrap();
+            let expected = if capability == (9, 0) { ("sparsify_sm90_f16_r64", 8) } else { ("sparsify_f16_r64", 1) };
+            assert_eq!((kernel.to_string().as_str(), launch.cluster), expected, "{capability:?}");
+        }
+    }
+
+    #[test]
+    fn clusters_fill_the_gpu() {
+        let launch = |m| plan_sparsify(&h200(), &sparsify(m, 64)).unwrap().1;
+        let clusters = [1, 512, 4096, 4608, 8192, 20000].map(|m| (launch(m).blocks.0, launch(m).cluster));
+        assert_eq!(clusters, [(8, 8), (64, 8), (256, 4), (216, 3), (256, 2), (313, 1)]);
+        assert_eq!(launch(4608), Launch { blocks: (216, 1), cluster: 3, threads: 256, shared_bytes: 49152 });
+    }
+
+    #[test]
+    fn every_block_of_a_cluster_has_a_step() {
+        let cluster = |k| plan_sparsify(&h200(), &SparsifyProblem { k, ldx: k, ..sparsify(1, 64) }).unwrap().1.cluster;
+        assert_eq!([64, 256, 320, 768, 832, 3072].map(cluster), [2, 2, 4, 6, 8, 8]);
+    }
+
+    #[test]
+    fn whole_clusters_are_launched() {
+        for sms in [1, 16, 78, 114, 132] {
+            for m in [1, 63, 64, 65, 512, 1000, 4608, 20000, 1 << 30] {
+                let (_, launch) = plan_sparsify(&Arch::from_capability((9, 0), sms), &sparsify(m, 128)).unwrap();
+                assert!((1..=8).contains(&launch.cluster) && launch.blocks.0 % launch.cluster == 0, "{sms} {m}: {launch:?}");
+            }
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-/// `Result` with this crate's [`Error`].
+/// `Result` with this crate's [`enum@Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why an operation was refused or failed. Nothing was launched when one of these comes back, except possibly with [`Error::Cuda`].

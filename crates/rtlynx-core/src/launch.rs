@@ -1,4 +1,4 @@
-//! The two operations: validate, plan, load, launch. The only file that calls `cuLaunchKernel`.
+//! The two operations: validate, plan, load, launch. The only file that calls `cuLaunchKernelEx`.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -127,24 +127,31 @@ unsafe fn enqueue<P: Copy>(place: Place, kernel: Kernel, launch: Launch, params:
     let stream = ptr::without_provenance_mut::<sys::CUstream_st>(place.stream as usize);
     let mut params = params()?;
     let mut arguments = [ptr::from_mut(&mut params).cast::<c_void>()];
-    // SAFETY: the function belongs to the current context; the driver copies the parameters before it returns; the rest is the
-    // caller's promise.
-    let status = unsafe {
-        sys::cuLaunchKernel(
-            function,
-            launch.blocks.0,
-            launch.blocks.1,
-            1,
-            launch.threads,
-            1,
-            1,
-            launch.shared_bytes,
-            stream,
-            arguments.as_mut_ptr(),
-            ptr::null_mut(),
-        )
+    let mut cluster = cluster_of(launch.cluster);
+    let config = sys::CUlaunchConfig {
+        gridDimX: launch.blocks.0,
+        gridDimY: launch.blocks.1,
+        gridDimZ: 1,
+        blockDimX: launch.threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: launch.shared_bytes,
+        hStream: stream,
+        attrs: &raw mut cluster,
+        // GPUs without clusters need not be asked for a cluster of one.
+        numAttrs: (launch.cluster > 1).into(),
     };
-    check("cuLaunchKernel", status)
+    // SAFETY: the function belongs to the current context; the driver copies the parameters and the attribute before it returns; the rest
+    // is the caller's promise.
+    let status = unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), ptr::null_mut()) };
+    check("cuLaunchKernelEx", status)
+}
+
+/// The launch attribute that makes a cluster of every `blocks` neighbours along x.
+fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+    sys::CUlaunchAttribute { id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, pad: [0; 4], value }
 }
 
 #[cfg(test)]

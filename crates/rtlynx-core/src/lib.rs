@@ -4,7 +4,7 @@
 //!
 //! | module | role |
 //! | --- | --- |
-//! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernel` |
+//! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernelEx` |
 //! | [`kernels`] | the embedded device code and a lazy cache of loaded functions |
 //! | [`tensor_map`] | what the copy engine of Hopper is told of a matrix: pure arguments, and their encoding by the driver |
 //! | [`device`] | the driver: present or not, its version, its devices, the primary context |

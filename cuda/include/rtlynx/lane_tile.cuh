@@ -1,0 +1,117 @@
+// How a warp selects in a unit of 16 rows x 64 columns, shared by the sparsify kernels. Lane (g = lane / 4, q = lane % 4) owns 16 columns of two
+// rows, which is just what its metadata word describes, so no lane talks to another:
+//
+//                      64 columns
+//            +--------+--------+--------+--------+
+//   row g    |  q = 0 |  q = 1 |  q = 2 |  q = 3 |     32 bytes of X in, 16 bytes of values out, half a word of metadata
+//   row g+8  |  q = 0 |  q = 1 |  q = 2 |  q = 3 |
+//            +--------+--------+--------+--------+
+#pragma once
+
+#include "rtlynx/element.cuh"
+#include "rtlynx/format.cuh"
+#include "rtlynx/params.cuh"
+#include "rtlynx/select24.cuh"
+
+namespace rtlynx {
+
+constexpr int kLaneCols = 16;                    // columns a lane owns in a unit, of each of its two rows
+constexpr int kLanePairs = kLaneCols / 2;        // registers they fill
+constexpr int kLaneGroups = kLaneCols / kGroup;  // groups they form
+
+// The lane's 2 x 16 elements of a unit, two to a register.
+struct LaneTile {
+  uint32_t pairs[2][kLanePairs];
+};
+
+__device__ __forceinline__ LaneTile load_tile(const SparsifyParams& p, int row, int col) {
+  LaneTile tile = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half < p.m && col < p.k) {
+      const auto* source = static_cast<const uint16_t*>(p.x) + (row + 8 * half) * p.ldx + col;
+      const uint4 low = __ldg(reinterpret_cast<const uint4*>(source));
+      const uint4 high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
+      uint32_t(&r)[kLanePairs] = tile.pairs[half];
+      r[0] = low.x, r[1] = low.y, r[2] = low.z, r[3] = low.w;
+      r[4] = high.x, r[5] = high.y, r[6] = high.z, r[7] = high.w;
+    }
+  }
+  return tile;
+}
+
+// Rows past the end stay zero: the metadata describes them as padding.
+template <class T>
+__device__ __forceinline__ void subtract_shift(const SparsifyParams& p, int row, int col, LaneTile& tile) {
+#pragma unroll
+  for (int i = 0; i < kLanePairs; ++i) {
+    const float2 shift = __ldg(reinterpret_cast<const float2*>(p.shift + col) + i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + 8 * half >= p.m) continue;
+      const float2 x = T::unpack(tile.pairs[half][i]);
+      tile.pairs[half][i] = T::pack(x.x - shift.x, x.y - shift.y);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Selection select_scored(uint32_t x01, uint32_t x23, float4 score) {
+  constexpr uint32_t kMagnitude = 0x7fffffffu;
+  const float2 low = T::unpack(x01), high = T::unpack(x23);
+  return select24(x01, x23,
+                  compare24(__float_as_uint(low.x * score.x) & kMagnitude, __float_as_uint(low.y * score.y) & kMagnitude,
+                            __float_as_uint(high.x * score.z) & kMagnitude, __float_as_uint(high.y * score.w) & kMagnitude));
+}
+
+template <class T>
+__device__ __forceinline__ float square(uint32_t pair) {
+  const float2 x = T::unpack(pair);
+  return x.x * x.x + x.y * x.y;
+}
+
+__device__ __forceinline__ float sum_over_quad(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+// What selection makes of a lane's tile.
+template <class T>
+struct SelectedTile {
+  uint32_t word = 0;                        // metadata
+  uint32_t compressed[2][kLaneGroups];      // kept values of rows g and g + 8
+  LaneTile branch_input;                    // what the branch reads: what was dropped, or all of x
+  float norm[2] = {}, norm_kept[2] = {};    // this lane's part of ‖X‖² and ‖S(X)‖² of its rows
+
+  __device__ __forceinline__ SelectedTile(const SparsifyParams& p, int col, const LaneTile& x) {
+    const uint32_t all_of_x = p.branch_of_dropped ? 0u : ~0u;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int c = 0; c < kLaneGroups; ++c) {
+        const uint32_t x01 = x.pairs[half][2 * c], x23 = x.pairs[half][2 * c + 1];
+        const Selection s =
+            p.score ? select_scored<T>(x01, x23, __ldg(reinterpret_cast<const float4*>(p.score + col) + c)) : select24(x01, x23);
+        compressed[half][c] = s.kept;
+        word |= s.nibble << (16 * half + 4 * c);
+        norm[half] += square<T>(x01) + square<T>(x23);
+        norm_kept[half] += square<T>(s.kept);
+        branch_input.pairs[half][2 * c] = x01 & (s.dropped_mask[0] | all_of_x);
+        branch_input.pairs[half][2 * c + 1] = x23 & (s.dropped_mask[1] | all_of_x);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_values(const SparsifyParams& p, int row, int col) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + 8 * half < p.m) {
+        auto* target = static_cast<uint16_t*>(p.values) + static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
+        *reinterpret_cast<uint4*>(target) =
+            make_uint4(compressed[half][0], compressed[half][1], compressed[half][2], compressed[half][3]);
+      }
+    }
+  }
+};
+
+}  // namespace rtlynx
