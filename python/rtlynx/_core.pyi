@@ -4,7 +4,7 @@ Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the la
 
 from typing import Final, SupportsFloat, SupportsIndex
 
-__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "device_code", "devices", "driver_version", "plan_sparse_linear", "sparse_linear", "sparsify"]
+__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "device_code", "devices", "driver_version", "plan_sparse_linear", "sparse_linear", "sparsify", "use_portable_kernels"]
 
 K_MULTIPLE: Final[int]
 MAX_RANK: Final[int]
@@ -44,4 +44,11 @@ def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str
 def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, x: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex) -> None:
     """
     Enqueue selection, compression, row norms and the branch's projection. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+    """
+
+def use_portable_kernels(enabled: bool) -> bool:
+    """
+    Run the kernels that every GPU from compute capability 8.0 on has, in the whole process, or stop doing so; returns what was set before.
+
+    For tests and comparisons on a GPU that has kernels of its own.
     """

@@ -44,3 +44,15 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "portable"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs on the kernels this GPU is given, and again on those that every GPU can run."""
+    from rtlynx import _core
+
+    if request.param == "portable" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU runs the portable kernels anyway")
+    before = _core.use_portable_kernels(request.param == "portable")
+    yield request.param
+    _core.use_portable_kernels(before)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rtlynx import InvalidArgumentError, ops, reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 DTYPES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4}
 """One rounding of the result is 2⁻⁹ / √3 = 1.1e-3 (bf16) or 2⁻¹² / √3 = 1.4e-4 (fp16) in this measure; float32 sums add far less."""

@@ -8,6 +8,8 @@ from shapes import MODEL_SHAPES, RANKS, TAIL_SHAPES
 
 from rtlynx import ops, reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 DTYPES = [torch.bfloat16, torch.float16]
 MK = sorted({(m, k) for m, _, k in TAIL_SHAPES + MODEL_SHAPES})
 

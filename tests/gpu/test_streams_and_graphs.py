@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rtlynx import ops, reference
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 BF16 = torch.bfloat16
 
 

@@ -4,6 +4,7 @@ use std::ffi::{c_int, c_uint};
 use std::marker::PhantomData;
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::result;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
@@ -49,6 +50,20 @@ pub fn device(op: &'static str, index: i32) -> Result<&'static Device> {
     let devices = &driver()?.devices;
     let device = usize::try_from(index).ok().and_then(|index| devices.get(index));
     device.ok_or_else(|| Error::invalid(op, "device_index", index, format!("a GPU index below {}", devices.len())))
+}
+
+static PORTABLE_KERNELS_ONLY: AtomicBool = AtomicBool::new(false);
+
+/// Switches the whole process to the kernels every GPU from compute capability 8.0 on can run, or back, and returns what was set before.
+/// For tests and comparisons on a GPU that has kernels of its own.
+pub fn use_portable_kernels(enabled: bool) -> bool {
+    PORTABLE_KERNELS_ONLY.swap(enabled, Ordering::Relaxed)
+}
+
+/// What dispatch needs to know of a GPU, by its index; `op` names the operation in the error.
+pub(crate) fn arch(op: &'static str, index: i32) -> Result<Arch> {
+    let arch = device(op, index)?.arch;
+    Ok(if PORTABLE_KERNELS_ONLY.load(Ordering::Relaxed) { arch.portable() } else { arch })
 }
 
 /// Turns a driver status into a `Result`; `call` names the driver function.

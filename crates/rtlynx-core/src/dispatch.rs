@@ -28,6 +28,11 @@ impl Arch {
         Self { capability, sms, shared_bytes: kib * 1024 }
     }
 
+    /// The same GPU without the instructions that only it has.
+    pub fn portable(self) -> Self {
+        Self { capability: self.capability.min((8, 0)), ..self }
+    }
+
     /// Whether the kernels of a family run here.
     fn has(&self, family: Family) -> bool {
         match family {
@@ -153,11 +158,20 @@ mod tests {
     }
 
     #[test]
+    fn a_portable_hopper_runs_what_ampere_runs() {
+        let (kernel, launch) = plan_sparsify(&h200().portable(), &sparsify(4608, 64)).unwrap();
+        assert_eq!((kernel.family, launch.cluster), (Family::Sm80, 1));
+        let (kernel, _) = plan_sparse_linear(&h200().portable(), &linear(4608, 12288, 3072)).unwrap();
+        assert_eq!(kernel.tile.family, Family::Sm80);
+        assert_eq!(Arch::from_capability((7, 5), 40).portable().capability, (7, 5));
+    }
+
+    #[test]
     fn the_estimate_is_that_of_the_busiest_multiprocessor() {
         let ns = |tile: usize, problem| estimated_ns(&h200(), &TILES[tile], &problem);
-        assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 640 + 6000);
-        assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 640 + 6000);
-        assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 640 + 6000));
+        assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 650 + 3700);
+        assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 650 + 3700);
+        assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 650 + 3700));
         assert_eq!(ns(3, linear(65, 64, 64)), 260 + 500);
         assert_eq!(ns(1, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
     }

@@ -35,7 +35,7 @@ pub unsafe fn sparsify(place: Place, problem: &SparsifyProblem, tensors: &Sparsi
         return Ok(());
     }
     tensors.validate(problem)?;
-    let (kernel, launch) = dispatch::plan_sparsify(&device::device(SPARSIFY, place.device)?.arch, problem)?;
+    let (kernel, launch) = dispatch::plan_sparsify(&device::arch(SPARSIFY, place.device)?, problem)?;
     let params = SparsifyParams {
         x: tensors.x,
         score: tensors.score,
@@ -69,7 +69,7 @@ pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, tensors
         return Ok(());
     }
     tensors.validate(problem)?;
-    let (kernel, launch) = dispatch::plan_sparse_linear(&device::device(SPARSE_LINEAR, place.device)?.arch, problem)?;
+    let (kernel, launch) = dispatch::plan_sparse_linear(&device::arch(SPARSE_LINEAR, place.device)?, problem)?;
     match kernel.tile.family {
         // SAFETY: these are the parameters of the family's kernels; the caller vouches for what they point to.
         Family::Sm80 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || Ok(spmm_params(problem, tensors))) },

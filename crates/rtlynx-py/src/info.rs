@@ -55,6 +55,14 @@ pub(crate) fn devices() -> PyResult<Vec<Device>> {
     Ok(devices.map(describe).collect())
 }
 
+/// Run the kernels that every GPU from compute capability 8.0 on has, in the whole process, or stop doing so; returns what was set before.
+///
+/// For tests and comparisons on a GPU that has kernels of its own.
+#[pyfunction]
+pub(crate) fn use_portable_kernels(enabled: bool) -> bool {
+    device::use_portable_kernels(enabled)
+}
+
 /// The GEMM kernel for a problem on a GPU of this compute capability; needs no GPU.
 ///
 /// Raises InvalidArgumentError for sizes the format cannot hold, DeviceError for a GPU without sparse tensor cores.

@@ -10,7 +10,7 @@ mod ops;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::info::{device_code, devices, driver_version, plan_sparse_linear};
+    use super::info::{device_code, devices, driver_version, plan_sparse_linear, use_portable_kernels};
     #[pymodule_export]
     use super::ops::{sparse_linear, sparsify};
 
