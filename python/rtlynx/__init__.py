@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from rtlynx.calibrate.calibrate import calibrate as calibrate
     from rtlynx.compensation import Compensation, load_compensation, save_compensation
     from rtlynx.config import SparsityConfig
+    from rtlynx.integrations.diffusers import RTLynxConfig
     from rtlynx.linear import SparseLinear
     from rtlynx.summary import LayerSummary, Summary, summary
 
 _HOME = {
     "Compensation": "compensation",
     "LayerSummary": "summary",
+    "RTLynxConfig": "integrations.diffusers",
     "SparseLinear": "linear",
     "SparsityConfig": "config",
     "Summary": "summary",
@@ -49,6 +51,7 @@ __all__ = [
     "DeviceError",
     "InvalidArgumentError",
     "LayerSummary",
+    "RTLynxConfig",
     "RTLynxError",
     "SparseLinear",
     "SparsityConfig",

@@ -65,6 +65,8 @@ def apply(pipe_or_module: T, config: SparsityConfig | None = None) -> T:
     _replace(root, replaced)
     root.__dict__[_CONFIG] = config
     _log(root, judged, config, dropped)
+    if isinstance(getattr(pipe_or_module, "transformer_2", None), nn.Module):
+        logger.warning("apply: the pipeline's transformer_2 stays as it is; to make it sparse too, give it to rtlynx.apply itself")
     return pipe_or_module
 
 

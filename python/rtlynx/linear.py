@@ -112,7 +112,7 @@ class SparseLinear(nn.Linear):
         Raises:
             InvalidArgumentError: A shape does not fit, or a branch is given to a layer with ``branch="none"``.
         """
-        problem = self._branch_problem(comp_down, comp_up)
+        problem = self.branch_problem(comp_down, comp_up)
         if problem:
             raise InvalidArgumentError("SparseLinear.set_compensation", "comp_down and comp_up", *problem)
         if shift is not None and shift.shape != (self.in_features,):
@@ -135,7 +135,7 @@ class SparseLinear(nn.Linear):
         else:
             self.score = None
 
-    def _branch_problem(self, comp_down: Tensor | None, comp_up: Tensor | None) -> tuple[str, str] | None:
+    def branch_problem(self, comp_down: Tensor | None, comp_up: Tensor | None) -> tuple[str, str] | None:
         """(got, expected) when the two factors cannot be this layer's branch."""
         if comp_down is None and comp_up is None:
             return None
@@ -191,7 +191,7 @@ class SparseLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint saved with a compensation loads into a layer that has none yet, or one of another rank: make room for it.
         found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
-        if found["comp_down"] is not None and self._branch_problem(found["comp_down"], found["comp_up"]) is None:
+        if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
             self.comp_down, self.comp_up = self._room_for(found["comp_down"]), self._room_for(found["comp_up"])
         if found["shift"] is not None and self.shift is None:
             self.shift = self.weight.new_zeros(self.in_features, dtype=torch.float32)

@@ -222,3 +222,10 @@ def test_a_compiled_wrapper_is_looked_through() -> None:
     compiled = torch.compile(module, backend="eager")
     assert rtlynx.apply(compiled, SparsityConfig(include=("0.to_q",))) is compiled
     assert isinstance(module[0].to_q, SparseLinear)
+
+
+def test_a_second_transformer_is_not_passed_over_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = SimpleNamespace(transformer=model(), transformer_2=nn.Linear(64, 64))
+    rtlynx.apply(pipe)
+    assert "transformer_2 stays as it is" in caplog.text
+    assert type(pipe.transformer_2) is nn.Linear

@@ -88,20 +88,20 @@ def test_single_blocks_proj_out_is_not_the_models_own() -> None:
 def test_layers_said_to_share_their_input_are_included(recipe: Recipe) -> None:
     for group in recipe.shared_inputs:
         for layer in group:
-            prefixes = ("transformer_blocks.0", "single_transformer_blocks.0", "layers.0")
+            prefixes = ("transformer_blocks.0", "single_transformer_blocks.0", "layers.0", "blocks.0")
             assert any(first_match(f"{prefix}.{layer}", recipe.include) for prefix in prefixes), layer
 
 
 @pytest.mark.parametrize(
     ("name", "config", "sparse"),
     [
-        # per block: two attentions of 4 layers and a feed-forward of 2
-        ("PixArtTransformer2DModel", {"num_layers": 2}, 2 * 10),
-        ("WanTransformer3DModel", {"num_layers": 2}, 2 * 10),
-        # the last block has no to_add_out and no ff_context
-        ("SD3Transformer2DModel", {"num_layers": 2}, 2 * 12 - 3),
-        ("LTXVideoTransformer3DModel", {"num_layers": 2}, 2 * 10),
+        # per block: an attention of 4 layers and a feed-forward of 2
         ("CogVideoXTransformer3DModel", {"num_layers": 2}, 2 * 6),
+        ("CogView4Transformer2DModel", {"num_layers": 2}, 2 * 6),
+        # per block: two attentions of 4 layers and a feed-forward of 2; the VACE block projects its output too
+        ("WanVACETransformer3DModel", {"num_layers": 2, "vace_layers": [0]}, 3 * 10 + 1),
+        # a double-stream block, a single-stream block, and two refiner blocks
+        ("HunyuanImageTransformer2DModel", {"num_layers": 1, "num_single_layers": 1}, 12 + 5 + 2 * 6),
     ],
 )
 def test_generic_names_serve_other_transformers(name: str, config: dict[str, object], sparse: int) -> None:

@@ -5,14 +5,34 @@ from __future__ import annotations
 from torch import nn
 
 from rtlynx.recipes.flux import FLUX
+from rtlynx.recipes.flux2 import FLUX2
 from rtlynx.recipes.generic import GENERIC
+from rtlynx.recipes.hunyuan_video import HUNYUAN_VIDEO
+from rtlynx.recipes.ltx import LTX
+from rtlynx.recipes.pixart import PIXART
 from rtlynx.recipes.qwen_image import QWEN_IMAGE
 from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.sd3 import SD3
+from rtlynx.recipes.wan import WAN
 from rtlynx.recipes.z_image import Z_IMAGE
 
-__all__ = ["FLUX", "GENERIC", "QWEN_IMAGE", "RECIPES", "Z_IMAGE", "Recipe", "find_recipe"]
+__all__ = [
+    "FLUX",
+    "FLUX2",
+    "GENERIC",
+    "HUNYUAN_VIDEO",
+    "LTX",
+    "PIXART",
+    "QWEN_IMAGE",
+    "RECIPES",
+    "SD3",
+    "WAN",
+    "Z_IMAGE",
+    "Recipe",
+    "find_recipe",
+]
 
-RECIPES = (FLUX, QWEN_IMAGE, Z_IMAGE)
+RECIPES = (FLUX, FLUX2, HUNYUAN_VIDEO, LTX, PIXART, QWEN_IMAGE, SD3, WAN, Z_IMAGE)
 
 
 def find_recipe(module: nn.Module) -> Recipe:

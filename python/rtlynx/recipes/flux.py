@@ -1,10 +1,12 @@
-"""FLUX.1: double-stream blocks (image and text tokens with weights of their own), then single-stream blocks."""
+"""FLUX.1 and its variants (dev, schnell, Kontext, Fill): double-stream blocks (image and text tokens with weights of their own), then
+single-stream blocks. Chroma has the same blocks and, in place of their modulation layers, one `distilled_guidance_layer`: it sees a row per
+modulation vector (344 of them), neither one per sample nor one per token, and no pattern here names it."""
 
 from rtlynx.recipes.recipe import Recipe
 
 FLUX = Recipe(
     name="flux",
-    classes=("FluxTransformer2DModel",),
+    classes=("FluxTransformer2DModel", "ChromaTransformer2DModel"),
     include=(
         "transformer_blocks.*.attn.{to_q,to_k,to_v,to_qkv,to_out.0}",
         "transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj,to_added_qkv,to_add_out}",

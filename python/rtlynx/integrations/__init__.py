@@ -1,0 +1,1 @@
+"""Where rtlynx plugs into other libraries' own ways of loading a model."""

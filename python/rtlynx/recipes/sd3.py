@@ -1,0 +1,20 @@
+"""Stable Diffusion 3 and 3.5: double-stream blocks; in 3.5 medium the first ones have a second attention over the image alone."""
+
+from rtlynx.recipes.recipe import Recipe
+
+SD3 = Recipe(
+    name="sd3",
+    classes=("SD3Transformer2DModel",),
+    include=(
+        "transformer_blocks.*.{attn,attn2}.{to_q,to_k,to_v,to_qkv,to_out.0}",
+        "transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj,to_added_qkv,to_add_out}",
+        "transformer_blocks.*.{ff,ff_context}.net.{0.proj,2}",
+    ),
+    per_sample=("transformer_blocks.*.{norm1,norm1_context}.linear", "norm_out.linear", "time_text_embed.**"),
+    ends=("context_embedder", "proj_out"),
+    shared_inputs=(
+        ("attn.to_q", "attn.to_k", "attn.to_v"),
+        ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    ),
+)

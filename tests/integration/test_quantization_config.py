@@ -1,0 +1,280 @@
+"""``from_pretrained(quantization_config=RTLynxConfig(...))``: load, save, reload; the same model as `apply` makes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rtlynx
+from rtlynx import InvalidArgumentError, RTLynxConfig, SparsityConfig
+from rtlynx.apply import applied_config
+from tiny_models import TINY, Tiny, output
+
+families = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
+FLUX = TINY["flux"]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def vanilla(tmp_path: Path) -> Path:
+    """A saved small FLUX without anything of rtlynx."""
+    FLUX.build("cpu", torch.float32).save_pretrained(tmp_path / "vanilla")
+    return tmp_path / "vanilla"
+
+
+def load(path: Path, config: RTLynxConfig | None = None, **kwargs: Any) -> Any:
+    given = {} if config is None else {"quantization_config": config}
+    return FluxTransformer2DModel.from_pretrained(path, **given, **kwargs)
+
+
+def out(model: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return output(model, FLUX.inputs("cpu", dtype))
+
+
+def saved_config(path: Path) -> Any:
+    return json.loads((path / "config.json").read_text())["quantization_config"]
+
+
+def calibrated(path: Path, config: RTLynxConfig | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+    model = load(path, config or RTLynxConfig(rank=16), torch_dtype=dtype)
+    rtlynx.calibrate(model, run=lambda: out(model, dtype), progress=False, **kwargs)
+    return model
+
+
+# ---- loading -----------------------------------------------------------------------------------------------------------------------------
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loads_what_apply_makes(tiny: Tiny, dtype: torch.dtype, tmp_path: Path) -> None:
+    dense = tiny.build("cpu", dtype)
+    dense.save_pretrained(tmp_path)
+    config = SparsityConfig(selection="weight", skip=("**.to_q",))
+    model, info = type(dense).from_pretrained(
+        tmp_path, quantization_config=RTLynxConfig(config), torch_dtype=dtype, output_loading_info=True
+    )
+    assert not any(info.values())
+    want = rtlynx.apply(dense, config)
+    assert str(rtlynx.summary(model)) == str(rtlynx.summary(want))
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    inputs = tiny.inputs("cpu", dtype)
+    assert torch.equal(output(model, inputs), output(want, inputs))
+
+
+def test_layers_that_cannot_be_sparse_stay_dense_and_say_why(vanilla: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = RTLynxConfig(include=("x_embedder", "proj_out", "transformer_blocks.*.ff.net.2"))
+    with caplog.at_level(logging.WARNING, "rtlynx"):
+        model = load(vanilla, config)
+    rows = {row.name: row for row in rtlynx.summary(model)}
+    reason = "in_features = 16 is not a multiple of 64"
+    assert rows["x_embedder"].reason == reason and f"dense: x_embedder: {reason}" in caplog.text
+    assert rows["transformer_blocks.0.ff.net.2"].sparse
+
+
+def test_a_dtype_without_kernels_is_judged_after_loading(vanilla: Path) -> None:
+    # Single files are built in float32 and cast while they load: only then is there something to judge.
+    model = FluxTransformer2DModel.from_single_file(
+        str(vanilla / WEIGHTS), config=str(vanilla), quantization_config=RTLynxConfig(), torch_dtype=torch.float64
+    )
+    rows = list(rtlynx.summary(model))
+    assert not any(row.sparse for row in rows)
+    assert sum(row.reason == "no implementation for float64 on cpu" for row in rows) == FLUX.sparse_layers
+
+
+def test_missing_weights_are_still_reported(vanilla: Path) -> None:
+    state = load_file(vanilla / WEIGHTS)
+    del state["proj_out.bias"]
+    save_file(state, vanilla / WEIGHTS, {"format": "pt"})
+    _, info = load(vanilla, RTLynxConfig(), output_loading_info=True)
+    assert info["missing_keys"] == ["proj_out.bias"]
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}])
+def test_device_map(vanilla: Path, device_map: Any) -> None:
+    model = load(vanilla, RTLynxConfig(selection="weight"), device_map=device_map)
+    assert torch.equal(out(model), out(load(vanilla, RTLynxConfig(selection="weight"))))
+
+
+def test_single_file_and_a_compensation_file(vanilla: Path, tmp_path: Path) -> None:
+    model = calibrated(vanilla)
+    rtlynx.save_compensation(model, tmp_path / "compensation.safetensors")
+    again = FluxTransformer2DModel.from_single_file(str(vanilla / WEIGHTS), config=str(vanilla), quantization_config=RTLynxConfig(rank=16))
+    rtlynx.load_compensation(again, tmp_path / "compensation.safetensors")
+    assert torch.equal(out(again), out(model))
+
+
+# ---- saving and reloading ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_calibrate_save_reload(vanilla: Path, tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+    # Loaded as split with the default rank, calibrated as something else: the saved config must follow.
+    model = calibrated(vanilla, RTLynxConfig(), dtype, method="paper", rank=32)
+    for layer in model.modules():
+        if isinstance(layer, rtlynx.SparseLinear):
+            layer.set_compensation(layer.comp_down, layer.comp_up, torch.randn(layer.in_features) * 1e-3)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="300KB" if sharded else "10GB")
+    assert saved_config(tmp_path / "saved") == {"quant_method": "rtlynx", **SparsityConfig(rank=32, branch="input").to_dict()}
+    again, info = load(tmp_path / "saved", torch_dtype=dtype, output_loading_info=True)
+    assert not any(info.values())
+    assert applied_config(again) == applied_config(model)
+    want, got = model.state_dict(), again.state_dict()
+    assert any("comp_down" in key for key in want) and any("shift" in key for key in want)
+    assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) and want[key].dtype == got[key].dtype for key in want)
+    assert torch.equal(out(again, dtype), out(model, dtype))
+
+
+def test_compensation_of_another_rank_than_the_config_says(vanilla: Path, tmp_path: Path) -> None:
+    model = rtlynx.apply(load(vanilla), SparsityConfig(rank=16))
+    rtlynx.calibrate(model, run=lambda: out(model), progress=False)
+    model.save_pretrained(tmp_path / "saved")  # by the first way in: config.json says nothing of rtlynx
+    assert torch.equal(out(load(tmp_path / "saved", RTLynxConfig(rank=64))), out(model))
+    with pytest.raises(rtlynx.CompensationMismatchError, match="ignore_mismatched_sizes"):
+        load(tmp_path / "saved", RTLynxConfig(rank=64), ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("break_it", [lambda state, key: state.pop(key), lambda state, key: state.update({key: state[key][:8]})])
+def test_a_broken_compensation_is_refused(vanilla: Path, tmp_path: Path, break_it: Any) -> None:
+    calibrated(vanilla).save_pretrained(tmp_path / "saved")
+    state = load_file(tmp_path / "saved" / WEIGHTS)
+    break_it(state, next(key for key in state if key.endswith("comp_up")))
+    save_file(state, tmp_path / "saved" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(rtlynx.CompensationMismatchError, match=r"transformer_blocks.*comp_up"):
+        load(tmp_path / "saved")
+
+
+def test_reload_needs_the_registration(vanilla: Path, tmp_path: Path) -> None:
+    load(vanilla, RTLynxConfig()).save_pretrained(tmp_path / "saved")
+    script = f"""
+import rtlynx
+from diffusers import FluxTransformer2DModel
+try:
+    FluxTransformer2DModel.from_pretrained({str(tmp_path / "saved")!r})
+except ValueError as error:
+    assert "Unknown quantization type" in str(error), error
+else:
+    raise AssertionError("loaded")
+rtlynx.RTLynxConfig
+model = FluxTransformer2DModel.from_pretrained({str(tmp_path / "saved")!r})
+assert sum(row.sparse for row in rtlynx.summary(model)) == {FLUX.sparse_layers}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- what users do with the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("undo", [rtlynx.remove, lambda model: model.dequantize()], ids=["remove", "dequantize"])
+def test_remove(vanilla: Path, tmp_path: Path, undo: Any) -> None:
+    model = load(vanilla, RTLynxConfig())
+    undo(model)
+    assert all(type(layer) is nn.Linear for layer in model.modules() if isinstance(layer, nn.Linear))
+    assert torch.equal(out(model), out(load(vanilla)))
+    model.save_pretrained(tmp_path / "saved")
+    assert saved_config(tmp_path / "saved") is None
+    assert torch.equal(out(load(tmp_path / "saved")), out(model))
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_saves_its_own_configuration(vanilla: Path, tmp_path: Path, clone: Any) -> None:
+    model = load(vanilla, RTLynxConfig(rank=16))
+    copied = clone(model)
+    rtlynx.apply(copied, SparsityConfig(rank=32))
+    for name, which in (("model", model), ("copied", copied)):
+        which.save_pretrained(tmp_path / name)
+    assert saved_config(tmp_path / "model")["rank"] == 16
+    assert saved_config(tmp_path / "copied")["rank"] == 32
+
+
+def test_two_models_share_a_config(vanilla: Path, tmp_path: Path) -> None:
+    config = RTLynxConfig(rank=16)
+    first, second = load(vanilla, config), load(vanilla, config)
+    rtlynx.apply(second, SparsityConfig(rank=32))
+    first.save_pretrained(tmp_path / "first")
+    assert saved_config(tmp_path / "first")["rank"] == 16 and config.sparsity.rank == 16
+
+
+def test_the_model_is_freed_with_its_last_reference(vanilla: Path) -> None:
+    model = load(vanilla, RTLynxConfig())
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_casting_after_loading(vanilla: Path) -> None:
+    want = out(load(vanilla, RTLynxConfig(), torch_dtype=torch.bfloat16), torch.bfloat16)
+    assert torch.equal(out(load(vanilla, RTLynxConfig()).to(torch.bfloat16), torch.bfloat16), want)
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    from rtlynx.demo.pipeline import DEFAULT_WEIGHTS, ScenesPipeline
+
+    config = PipelineQuantizationConfig(quant_mapping={"transformer": RTLynxConfig()})
+    pipe = ScenesPipeline.from_pretrained(DEFAULT_WEIGHTS, quantization_config=config)
+    dense = ScenesPipeline.from_pretrained(DEFAULT_WEIGHTS)
+
+    def picture(pipe: ScenesPipeline) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red circle at the top left on yellow stripes", 1, generator=generator, output_type="pt").images
+
+    got = picture(pipe)
+    assert not torch.equal(got, picture(dense))
+    assert torch.equal(got, picture(rtlynx.apply(dense)))
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(picture(ScenesPipeline.from_pretrained(tmp_path)), got)
+
+
+# ---- the configuration -------------------------------------------------------------------------------------------------------------------
+
+
+def test_config_round_trip() -> None:
+    config = RTLynxConfig(rank=32, skip=("a.*",))
+    assert config.sparsity == SparsityConfig(rank=32, skip=("a.*",)) and config == RTLynxConfig(config.sparsity)
+    assert RTLynxConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config != RTLynxConfig()
+    assert '"rank": 32' in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": 32}, "ranks"),
+        ({"rank": 7}, "rank"),
+        ({"sparsity": SparsityConfig(), "rank": 32}, "rank"),
+        ({"sparsity": {"rank": 32}}, "SparsityConfig"),
+        ({"quant_method": "gguf"}, "gguf"),
+    ],
+)
+def test_config_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        RTLynxConfig(**arguments)
+
+
+def test_unknown_keys_in_a_saved_config(vanilla: Path, tmp_path: Path) -> None:
+    load(vanilla, RTLynxConfig()).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    values = json.loads(path.read_text())
+    values["quantization_config"]["from_the_future"] = 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(InvalidArgumentError, match="from_the_future"):
+        load(tmp_path / "saved")
