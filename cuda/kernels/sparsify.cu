@@ -44,7 +44,7 @@ template <class T, int kRankCapacity>
 __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   constexpr int kTiles = kRankCapacity ? kRankCapacity / 8 : 1;
   __shared__ float2 norms[kWarps][kTileRows];  // ‖X‖² and ‖S(X)‖² by warp and row
-  extern __shared__ float partial[];             // [kWarps][kTileRows][kRankCapacity] branch sums by warp
+  extern __shared__ float partial[];           // [kWarps][kTileRows][kRankCapacity] branch sums by warp
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row0 = blockIdx.x * kTileRows, row = row0 + g;
@@ -123,15 +123,17 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                                                             \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity > 32 ? 1 : rank_capacity ? 2 : 3)                                 \
-      name(const __grid_constant__ rtlynx::SparsifyParams p) {                                                             \
-    rtlynx::sparsify<rtlynx::T, rank_capacity>(p);                                                                         \
+#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                         \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity > 32 ? 1 \
+                                                                 : rank_capacity    ? 2 \
+                                                                                    : 3)   \
+      name(const __grid_constant__ rtlynx::SparsifyParams p) {                          \
+    rtlynx::sparsify<rtlynx::T, rank_capacity>(p);                                      \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T)  \
-  RTLYNX_SPARSIFY(prefix##_r0, T, 0)      \
-  RTLYNX_SPARSIFY(prefix##_r16, T, 16)    \
-  RTLYNX_SPARSIFY(prefix##_r32, T, 32)    \
+#define RTLYNX_SPARSIFY_RANKS(prefix, T) \
+  RTLYNX_SPARSIFY(prefix##_r0, T, 0)     \
+  RTLYNX_SPARSIFY(prefix##_r16, T, 16)   \
+  RTLYNX_SPARSIFY(prefix##_r32, T, 32)   \
   RTLYNX_SPARSIFY(prefix##_r64, T, 64)
 
 RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16)

@@ -26,9 +26,9 @@ namespace rtlynx {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowTiles = 4;                    // m16 tiles of a block
-constexpr int kRows = kRowTiles * kTileRows;    // rows of a block
-constexpr int kUnits = 2;                       // 64-column units of a step, one for each column of warps
+constexpr int kRowTiles = 4;                  // m16 tiles of a block
+constexpr int kRows = kRowTiles * kTileRows;  // rows of a block
+constexpr int kUnits = 2;                     // 64-column units of a step, one for each column of warps
 constexpr int kStepCols = kUnits * kWordCols;
 constexpr int kStages = 3;
 
@@ -43,7 +43,7 @@ __device__ __forceinline__ uint32_t shared_place(int n, int pair) {
 
 template <int kRankCapacity>
 __device__ __forceinline__ void load_stage(const SparsifyParams& p, int n0, int col0, uint32_t stage) {
-  constexpr int kPairs = kWordCols / 2;                    // of a row of a unit's tile
+  constexpr int kPairs = kWordCols / 2;  // of a row of a unit's tile
   constexpr int kRowsAtOnce = kThreads / (kPairs * kUnits);
   const int unit = threadIdx.x / kPairs % kUnits, pair = threadIdx.x % kPairs, first = threadIdx.x / (kPairs * kUnits);
   const int col = col0 + unit * kWordCols + pair * 2;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifyParams& p) {
   constexpr int kStageBytes = kRankCapacity * kStepCols * 2;
   static_assert(kUnits * kRows * kRankCapacity * 4 <= kStages * kStageBytes, "the partial branch takes the place of the stages");
   __shared__ __align__(8) float2 norms[kUnits][kRows];  // ‖X‖² and ‖S(X)‖² over this block's columns
-  extern __shared__ __align__(1024) uint8_t ring[];     // kStages stages; at the end the partial branch, [kUnits][kRows][kRankCapacity] floats
+  extern __shared__ __align__(1024) uint8_t ring[];  // kStages stages; at the end the partial branch, [kUnits][kRows][kRankCapacity] floats
   const uint32_t stages = ptx::shared_address(ring);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -186,15 +186,15 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifyParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                               \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity ? 2 : 3)      \
-      name(const __grid_constant__ rtlynx::SparsifyParams p) {                               \
-    rtlynx::sparsify_sm90<rtlynx::T, rank_capacity>(p);                                      \
+#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                         \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity ? 2 : 3) \
+      name(const __grid_constant__ rtlynx::SparsifyParams p) {                          \
+    rtlynx::sparsify_sm90<rtlynx::T, rank_capacity>(p);                                 \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T)  \
-  RTLYNX_SPARSIFY(prefix##_r0, T, 0)      \
-  RTLYNX_SPARSIFY(prefix##_r16, T, 16)    \
-  RTLYNX_SPARSIFY(prefix##_r32, T, 32)    \
+#define RTLYNX_SPARSIFY_RANKS(prefix, T) \
+  RTLYNX_SPARSIFY(prefix##_r0, T, 0)     \
+  RTLYNX_SPARSIFY(prefix##_r16, T, 16)   \
+  RTLYNX_SPARSIFY(prefix##_r32, T, 32)   \
   RTLYNX_SPARSIFY(prefix##_r64, T, 64)
 
 RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16, Bf16)

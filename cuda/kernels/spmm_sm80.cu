@@ -32,7 +32,7 @@ struct Tile {
   static constexpr int kBM = kBM_, kBN = kBN_, kStages = kStages_;
   static constexpr int kWarpM = kBM / 2, kWarpN = kBN / 2;
   static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
-  static constexpr int kABytes = kBM * kBK;      // kBK / 2 values of 2 bytes a row
+  static constexpr int kABytes = kBM * kBK;  // kBK / 2 values of 2 bytes a row
   static constexpr int kBBytes = kBN * kBK * 2;
   static constexpr int kStageBytes = kABytes + kBBytes;
 };
@@ -245,10 +245,10 @@ __device__ __forceinline__ void spmm(const SpmmParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPMM(type, T, bm, bn, stages)                                                                                  \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 2)                                                           \
-      spmm_sm80_##type##_##bm##x##bn##x64_s##stages(const __grid_constant__ rtlynx::SpmmParams p) {                           \
-    rtlynx::spmm<rtlynx::Tile<rtlynx::T, bm, bn, stages>>(p);                                                                 \
+#define RTLYNX_SPMM(type, T, bm, bn, stages)                                                        \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 2)                                 \
+      spmm_sm80_##type##_##bm##x##bn##x64_s##stages(const __grid_constant__ rtlynx::SpmmParams p) { \
+    rtlynx::spmm<rtlynx::Tile<rtlynx::T, bm, bn, stages>>(p);                                       \
   }
 #define RTLYNX_SPMM_TYPES(bm, bn, stages) \
   RTLYNX_SPMM(bf16, Bf16, bm, bn, stages) \

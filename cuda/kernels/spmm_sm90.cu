@@ -38,7 +38,7 @@ constexpr uint32_t kWBytes = kBN * kBK * 2;
 constexpr uint32_t kStageBytes = kABytes + kWBytes;
 constexpr uint32_t kBranchBytes = (kBM + kBN) * kRankStep * 2;
 
-constexpr int kStoreCols = 96;                      // columns staged at a time for the store
+constexpr int kStoreCols = 96;                       // columns staged at a time for the store
 constexpr uint32_t kStoreRow = kStoreCols * 2 + 16;  // padded, so that rows g = 0..7 of a store fall into different banks
 constexpr uint32_t kStoreBytes = 64 * kStoreRow;     // of one warpgroup
 
@@ -289,9 +289,11 @@ __device__ __forceinline__ void spmm_sm90(const SpmmSm90Params& p) {
 }  // namespace
 }  // namespace rtlynx
 
-extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1) spmm_sm90_bf16_256x192x64_s5(const __grid_constant__ rtlynx::SpmmSm90Params p) {
+extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1)
+    spmm_sm90_bf16_256x192x64_s5(const __grid_constant__ rtlynx::SpmmSm90Params p) {
   rtlynx::spmm_sm90<rtlynx::Bf16>(p);
 }
-extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1) spmm_sm90_f16_256x192x64_s5(const __grid_constant__ rtlynx::SpmmSm90Params p) {
+extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1)
+    spmm_sm90_f16_256x192x64_s5(const __grid_constant__ rtlynx::SpmmSm90Params p) {
   rtlynx::spmm_sm90<rtlynx::F16>(p);
 }

@@ -32,7 +32,7 @@ __device__ __forceinline__ LaneTile load_tile(const SparsifyParams& p, int row, 
       const auto* source = static_cast<const uint16_t*>(p.x) + (row + 8 * half) * p.ldx + col;
       const uint4 low = __ldg(reinterpret_cast<const uint4*>(source));
       const uint4 high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
-      uint32_t(&r)[kLanePairs] = tile.pairs[half];
+      uint32_t (&r)[kLanePairs] = tile.pairs[half];
       r[0] = low.x, r[1] = low.y, r[2] = low.z, r[3] = low.w;
       r[4] = high.x, r[5] = high.y, r[6] = high.z, r[7] = high.w;
     }
@@ -78,10 +78,10 @@ __device__ __forceinline__ float sum_over_quad(float value) {
 // What selection makes of a lane's tile.
 template <class T>
 struct SelectedTile {
-  uint32_t word = 0;                        // metadata
-  uint32_t compressed[2][kLaneGroups];      // kept values of rows g and g + 8
-  LaneTile branch_input;                    // what the branch reads: what was dropped, or all of x
-  float norm[2] = {}, norm_kept[2] = {};    // this lane's part of ‖X‖² and ‖S(X)‖² of its rows
+  uint32_t word = 0;                      // metadata
+  uint32_t compressed[2][kLaneGroups];    // kept values of rows g and g + 8
+  LaneTile branch_input;                  // what the branch reads: what was dropped, or all of x
+  float norm[2] = {}, norm_kept[2] = {};  // this lane's part of ‖X‖² and ‖S(X)‖² of its rows
 
   __device__ __forceinline__ SelectedTile(const SparsifyParams& p, int col, const LaneTile& x) {
     const uint32_t all_of_x = p.branch_of_dropped ? 0u : ~0u;
@@ -107,8 +107,7 @@ struct SelectedTile {
     for (int half = 0; half < 2; ++half) {
       if (row + 8 * half < p.m) {
         auto* target = static_cast<uint16_t*>(p.values) + static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
-        *reinterpret_cast<uint4*>(target) =
-            make_uint4(compressed[half][0], compressed[half][1], compressed[half][2], compressed[half][3]);
+        *reinterpret_cast<uint4*>(target) = make_uint4(compressed[half][0], compressed[half][1], compressed[half][2], compressed[half][3]);
       }
     }
   }

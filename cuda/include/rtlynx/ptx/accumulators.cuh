@@ -1,19 +1,18 @@
 // The accumulators of a wgmma, for its assembler text and as its operands: N / 2 of them for a tile of N columns.
 #pragma once
 
-#define RTLYNX_REGISTERS_8 \
-  "%0, %1, %2, %3, %4, %5, %6, %7"
-#define RTLYNX_REGISTERS_16 \
+#define RTLYNX_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define RTLYNX_REGISTERS_16          \
   "%0, %1, %2, %3, %4, %5, %6, %7, " \
   "%8, %9, %10, %11, %12, %13, %14, %15"
-#define RTLYNX_REGISTERS_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, " \
-  "%8, %9, %10, %11, %12, %13, %14, %15, " \
+#define RTLYNX_REGISTERS_32                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
   "%16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define RTLYNX_REGISTERS_96 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, " \
-  "%8, %9, %10, %11, %12, %13, %14, %15, " \
+#define RTLYNX_REGISTERS_96                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, "         \
+  "%8, %9, %10, %11, %12, %13, %14, %15, "   \
   "%16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, " \

@@ -42,21 +42,23 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
 __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
 // One function for each element type, which the assembler text names. Undefined below.
-#define RTLYNX_WGMMA_192(T, type)                                                                                                    \
-  template <int Selector>                                                                                                            \
+#define RTLYNX_WGMMA_192(T, type)                                                                                                      \
+  template <int Selector>                                                                                                              \
   __device__ __forceinline__ void wgmma_sp_m64n192k32(T, float (&d)[96], uint64_t a, uint64_t b, uint32_t metadata, bool accumulate) { \
-    asm volatile(                                                                                                                    \
-        "{.reg .pred add; setp.ne.b32 add, %100, 0;\n"                                                                               \
-        "wgmma.mma_async.sp.sync.aligned.m64n192k32.f32." type "." type " {" RTLYNX_REGISTERS_96 "}, "                               \
-        "%96, %97, %98, %99, add, 1, 1, 0, 0;}"                                                                                      \
-        : RTLYNX_ACCUMULATE_96(d, 0)                                                                                                 \
-        : "l"(a), "l"(b), "r"(metadata), "n"(Selector), "r"(static_cast<int>(accumulate)));                                          \
-  }                                                                                                                                  \
-  __device__ __forceinline__ void wgmma_m64n192k16(T, float (&d)[96], uint64_t a, uint64_t b) {                                      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" RTLYNX_REGISTERS_96 "}, "                         \
-                 "%96, %97, 1, 1, 1, 0, 0;"                                                                                          \
-                 : RTLYNX_ACCUMULATE_96(d, 0)                                                                                        \
-                 : "l"(a), "l"(b));                                                                                                  \
+    asm volatile(                                                                                                                      \
+        "{.reg .pred add; setp.ne.b32 add, %100, 0;\n"                                                                                 \
+        "wgmma.mma_async.sp.sync.aligned.m64n192k32.f32." type "." type " {" RTLYNX_REGISTERS_96                                       \
+        "}, "                                                                                                                          \
+        "%96, %97, %98, %99, add, 1, 1, 0, 0;}"                                                                                        \
+        : RTLYNX_ACCUMULATE_96(d, 0)                                                                                                   \
+        : "l"(a), "l"(b), "r"(metadata), "n"(Selector), "r"(static_cast<int>(accumulate)));                                            \
+  }                                                                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n192k16(T, float (&d)[96], uint64_t a, uint64_t b) {                                        \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" RTLYNX_REGISTERS_96                                 \
+                 "}, "                                                                                                                 \
+                 "%96, %97, 1, 1, 1, 0, 0;"                                                                                            \
+                 : RTLYNX_ACCUMULATE_96(d, 0)                                                                                          \
+                 : "l"(a), "l"(b));                                                                                                    \
   }
 
 // wgmma_sp_m64n192k32: d (64 x 192) = or += A (64 x 32, 2:4 compressed, shared memory) · B^T (192 x 32, shared memory). Selector 0 takes the
