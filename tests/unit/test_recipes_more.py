@@ -1,4 +1,8 @@
-"""The recipes of the families around FLUX.1, Qwen-Image and Z-Image: every linear layer of the released sizes, sparse or dense and why."""
+"""The recipes of the families around FLUX.1, Qwen-Image and Z-Image: every linear layer in full size, sparse or dense and why.
+
+Where a `Case` has a configuration, its values are meant to be those of the released model; most were written down without the released
+files at hand, so a test here pins the recipe on those sizes, not the sizes.
+"""
 
 from __future__ import annotations
 

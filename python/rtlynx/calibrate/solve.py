@@ -28,8 +28,8 @@ from rtlynx.reference import RANK_MULTIPLE
 RIDGE = 1e-2
 """λ relative to the mean of Σzz's diagonal.
 
-On the demo's model (rank 16, 16 prompts × 4 steps, velocity error on other prompts) the paper's form has 39.1 % at 1e-6, 30.3 % at 1e-3 and
-27.9 % at 1e-2; with 48 prompts × 8 steps 26.2 % at 1e-3 and 25.5 % at 1e-2. Split stays within 0.2 points in either.
+On the demo's model (CPU, rank 16, fitted on 16 prompts × 4 steps, velocity error over 8 steps of 8 other prompts, one run) the paper's form
+has 26.5 % at 1e-6, 21.6 % at 1e-3, 19.8 % at 1e-2 and 19.0 % at 1e-1; split has 15.0, 15.0, 14.9 and 15.1 %.
 """
 FEW_TOKENS_RIDGE = 1e-1
 """The same when Σzz was measured on so few tokens that its small directions are noise."""
