@@ -2,8 +2,15 @@
 //
 // A block owns 16 rows (one m16 tile of the metadata); its 8 warps take units of 16 x 64 in turn (lane_tile.cuh).
 //
-// The branch is a dense m16n8k16 product. The order of k inside a product is free as long as both operands agree, so the lane's own
-// group c (4 columns) serves as its part of k-step c, and comp_down is read in the same order: again no exchange, no shared memory.
+// The branch is a dense m16n8k16 product. Neither the order of k in it nor that of n matters as long as both operands and the sum agree, so
+// both are what suits the loads, and no lane talks to another:
+//   k: the lane's own group c (4 columns of X) serves as its part of k-step c; the lane reads the rows of comp_down for these columns
+//   n: of each such row, lane g reads one eighth, `piece` neighbouring values, and tile i takes the i-th value of every piece
+//
+//     a row of comp_down, capacity 64    | 0 .. 7 | 8 .. 15 | 16 .. 23 |  ...  | 56 .. 63 |     one 16-byte load a lane
+//                                          g = 0    g = 1      g = 2              g = 7
+//     n-tile i                             i        8 + i      16 + i             56 + i
+//
 // Sums across warps go through shared memory in a fixed order: the result does not depend on scheduling.
 
 #include "rtlynx/lane_tile.cuh"
@@ -15,36 +22,56 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
 
-// d[tile] += a · comp_down^T over the lane's unit, tile = 8 columns of the branch.
-template <class T, int kTiles>
-__device__ __forceinline__ void project(const SparsifyParams& p, int n0, int col, int lane, const LaneTile& a, float (&d)[kTiles][4]) {
+// `kPiece` neighbouring values, two to a register, in one load.
+template <int kPiece>
+__device__ __forceinline__ void load_piece(const uint16_t* source, uint32_t (&pairs)[kPiece / 2]) {
+  if constexpr (kPiece == 8) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(source));
+    pairs[0] = v.x, pairs[1] = v.y, pairs[2] = v.z, pairs[3] = v.w;
+  } else if constexpr (kPiece == 4) {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(source));
+    pairs[0] = v.x, pairs[1] = v.y;
+  } else {
+    static_assert(kPiece == 2);
+    pairs[0] = __ldg(reinterpret_cast<const uint32_t*>(source));
+  }
+}
+
+// d += a · comp_down over the lane's unit; n is where the lane's piece of each row begins.
+template <class T, int kPiece>
+__device__ __forceinline__ void project(const SparsifyParams& p, int col, int n, const LaneTile& a, float (&d)[kPiece][4]) {
+  const auto* source = static_cast<const uint16_t*>(p.comp_down) + static_cast<int64_t>(col) * p.rank + n;
 #pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
-    if (tile % 4 == 0) __syncwarp();  // bounds how many tiles' loads the compiler hoists, and so the registers they take
-    const int n = n0 + tile * 8 + lane / 4;
-    uint4 b[2] = {};
+  for (int c = 0; c < kLaneGroups; ++c) {
+    if (c % 2 == 0) __syncwarp();  // bounds how many groups' loads the compiler hoists, and so the registers they take
+    uint32_t b[kGroup][kPiece / 2] = {};
     if (n < p.rank) {
-      const auto* source = static_cast<const uint16_t*>(p.comp_down) + static_cast<int64_t>(n) * p.k + col;
-      b[0] = __ldg(reinterpret_cast<const uint4*>(source));
-      b[1] = __ldg(reinterpret_cast<const uint4*>(source) + 1);
-    }
 #pragma unroll
-    for (int c = 0; c < kLaneGroups; ++c) {
-      const uint4 both = b[c / 2];
-      const uint32_t b0 = c % 2 ? both.z : both.x, b1 = c % 2 ? both.w : both.y;
-      const uint32_t fragment[4] = {a.pairs[0][2 * c], a.pairs[1][2 * c], a.pairs[0][2 * c + 1], a.pairs[1][2 * c + 1]};
-      ptx::mma_m16n8k16(T{}, d[tile], fragment, b0, b1);
+      for (int i = 0; i < kGroup; ++i) load_piece<kPiece>(source + (c * kGroup + i) * p.rank, b[i]);
+    }
+    const uint32_t fragment[4] = {a.pairs[0][2 * c], a.pairs[1][2 * c], a.pairs[0][2 * c + 1], a.pairs[1][2 * c + 1]};
+#pragma unroll
+    for (int tile = 0; tile < kPiece; ++tile) {
+      const uint32_t half = tile % 2 ? 0x7632 : 0x5410;  // the high or the low half of two registers
+      const int pair = tile / 2;
+      ptx::mma_m16n8k16(T{}, d[tile], fragment, __byte_perm(b[0][pair], b[1][pair], half), __byte_perm(b[2][pair], b[3][pair], half));
     }
   }
+}
+
+// Where column n of a row stands in a warp's partial sums. Without the exclusive or, the 8 rows a warp stores at once would share their banks.
+template <int kRankCapacity>
+__device__ __forceinline__ int partial_place(int row, int n) {
+  return row * kRankCapacity + (n ^ row % 8 * 2);
 }
 
 // kRankCapacity: the branch columns there are accumulators for (0: no branch). A larger rank is split over blockIdx.y, each block selecting
 // anew: the second read of X comes from L2. Only blocks with blockIdx.y == 0 write what does not belong to the branch.
 template <class T, int kRankCapacity>
 __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
-  constexpr int kTiles = kRankCapacity ? kRankCapacity / 8 : 1;
-  __shared__ float2 norms[kWarps][kTileRows];  // ‖X‖² and ‖S(X)‖² by warp and row
-  extern __shared__ float partial[];           // [kWarps][kTileRows][kRankCapacity] branch sums by warp
+  constexpr int kPiece = kRankCapacity ? kRankCapacity / 8 : 1;  // branch columns a lane reads, and the number of n-tiles
+  __shared__ float2 norms[kWarps][kTileRows];                    // ‖X‖² and ‖S(X)‖² by warp and row
+  extern __shared__ float partial[];                             // [kWarps][kTileRows][kRankCapacity] branch sums by warp
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row0 = blockIdx.x * kTileRows, row = row0 + g;
@@ -53,7 +80,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   const int units = (p.k + kBlockCols - 1) / kBlockCols * (kBlockCols / kWordCols);  // the metadata is padded to whole blocks
 
   float norm[2] = {}, norm_kept[2] = {};
-  float d[kTiles][4] = {};
+  float d[kPiece][4] = {};
 
   LaneTile next = load_tile(p, row, warp * kWordCols + q * kLaneCols);
   for (int unit = warp; unit < units; unit += kWarps) {
@@ -69,7 +96,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
       if (writes_selection) selected.store_values(p, row, col);
 #pragma unroll
       for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
-      if constexpr (kRankCapacity > 0) project<T, kTiles>(p, n0, col, lane, selected.branch_input, d);
+      if constexpr (kRankCapacity > 0) project<T, kPiece>(p, col, n0 + g * kPiece, selected.branch_input, d);
     }
     if (writes_selection) p.metadata[metadata_index(row0, col0, lane, p.m)] = word;
   }
@@ -93,13 +120,15 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   }
 
   if constexpr (kRankCapacity > 0) {
+    // Columns 2q and 2q + 1 of the tiles make up pieces 2q and 2q + 1 of the branch's columns.
+    float* mine = partial + warp * kTileRows * kRankCapacity;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int i = 0; i < 4; ++i) {
+      const int r = g + i / 2 * 8, piece = 2 * q + i % 2;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 sum = {d[tile][2 * half], d[tile][2 * half + 1]};
-        float* target = partial + (warp * kTileRows + g + 8 * half) * kRankCapacity + tile * 8 + 2 * q;
-        *reinterpret_cast<float2*>(target) = sum;
+      for (int tile = 0; tile < kPiece; tile += 2) {
+        const float2 sum = {d[tile][i], d[tile + 1][i]};
+        *reinterpret_cast<float2*>(mine + partial_place<kRankCapacity>(r, piece * kPiece + tile)) = sum;
       }
     }
     __syncthreads();
@@ -108,7 +137,8 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
       float2 sum = {};
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(partial + (w * kTileRows + r) * kRankCapacity + n);
+        const float* theirs = partial + w * kTileRows * kRankCapacity;
+        const float2 part = *reinterpret_cast<const float2*>(theirs + partial_place<kRankCapacity>(r, n));
         sum.x += part.x;
         sum.y += part.y;
       }

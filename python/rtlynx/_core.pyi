@@ -4,13 +4,20 @@ Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the la
 
 from typing import Final, SupportsFloat, SupportsIndex
 
-__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "device_code", "devices", "driver_version", "plan_sparse_linear", "sparse_linear", "sparsify", "use_portable_kernels"]
+__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
 
 K_MULTIPLE: Final[int]
 MAX_RANK: Final[int]
 N_MULTIPLE: Final[int]
 RANK_MULTIPLE: Final[int]
 __version__: Final[str]
+
+def candidates(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> list[str]:
+    """
+    The GEMM kernels that can run a problem on a GPU of this compute capability, the plan among them; needs no GPU.
+
+    Raises as plan_sparse_linear.
+    """
 
 def device_code() -> "dict[str, object]":
     """
@@ -29,11 +36,44 @@ def driver_version() -> tuple[int, int] | None:
     CUDA version of the driver as (major, minor); None on a machine without one.
     """
 
+def fused_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, x: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, weight: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, branch: SupportsIndex, progress: SupportsIndex, out: SupportsIndex, branch_of_dropped: bool, norm_compensation: bool, eps: SupportsFloat | SupportsIndex) -> None:
+    """
+    Enqueue selection, sparse product, row scale, branch and bias in one kernel. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+    """
+
+def gemm_kernel(device_index: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> str:
+    """
+    The GEMM kernel that sparse_linear launches for a problem on a GPU of this machine: the one of set_plan, else the planned one.
+
+    Raises as plan_sparse_linear.
+    """
+
+def least_tokens(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> int:
+    """
+    From how many tokens on a sparse layer (n, k) is estimated to be no slower than a dense one on a GPU of this compute capability; needs no GPU.
+
+    0 where nothing has been measured, 2^63 - 1 where it never is. Raises as plan_sparse_linear.
+    """
+
 def plan_sparse_linear(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> str:
     """
     The GEMM kernel for a problem on a GPU of this compute capability; needs no GPU.
 
     Raises InvalidArgumentError for sizes the format cannot hold, DeviceError for a GPU without sparse tensor cores.
+    """
+
+def probe(device_index: SupportsIndex, stream: SupportsIndex, name: str, steps: SupportsIndex, data: SupportsIndex, metadata: SupportsIndex, sums: SupportsIndex, cycles: SupportsIndex) -> None:
+    """
+    Enqueue a loop of tensor core instructions on operands in place: name is dense_ss, dense_rs, sparse_ss or sparse_rs.
+
+    Every multiprocessor multiplies 256 x 64 by 64 x 192, `steps` times. Addresses are `Tensor.data_ptr()`; rtlynx.bench.probe has the shapes.
+    """
+
+def set_plan(device_index: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str, kernel: str | None) -> None:
+    """
+    Run one of the candidates for a problem on a GPU of this machine from now on, in the whole process; None: what is planned for it.
+
+    Raises InvalidArgumentError for a kernel that cannot run it there and as plan_sparse_linear.
     """
 
 def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, weight: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, out: SupportsIndex) -> None:

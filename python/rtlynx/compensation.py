@@ -5,58 +5,65 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rtlynx.apply import applied_config, apply, remember_config
+from rtlynx.apply import applied_config, applied_modules, apply, remember_config
 from rtlynx.config import SparsityConfig
-from rtlynx.eligibility import candidates, sparse_layers, target_module
-from rtlynx.errors import CompensationMismatchError, InvalidArgumentError
+from rtlynx.derived import only_permuted
+from rtlynx.eligibility import all_sparse_layers, candidates, target_modules
+from rtlynx.errors import CompensationMismatchError
 from rtlynx.fingerprint import check_fingerprint, fingerprint
 from rtlynx.io import atomic_path
 from rtlynx.version import __version__
 
 _FORMAT = "rtlynx-compensation"
-_FORMAT_VERSION = 1
-_TENSORS = ("comp_down", "comp_up", "shift")
+_FORMAT_VERSION = 2
+"""2: comp_down is ``(K, r)`` (1 had its transpose), and every tensor of `SparseLinear.set_compensation` may be there."""
+_TENSORS = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """The branch (and shift) of every sparse layer of one model.
+    """What calibration found for every sparse layer of one model.
 
     Attributes:
-        tensors: ``"<layer>.comp_down"`` ``(r, K)``, ``"<layer>.comp_up"`` ``(N, r)`` and, where there is one, ``"<layer>.shift"`` ``(K,)``.
+        tensors: ``"<layer>.<name>"`` (``"transformer_2.<layer>.<name>"`` in a pipeline's second transformer) with the arguments of
+            `SparseLinear.set_compensation` that a layer has: ``comp_down`` ``(K, r)``, ``comp_up`` ``(N, r)``, ``comp_bias`` ``(N,)``,
+            ``shift`` ``(K,)``, ``permutation`` ``(K,)``, ``sparse_weight`` ``(N, K)``.
         config: The configuration it was fitted under.
         layers: Name → digest of every layer it was made for (`rtlynx.fingerprint`), also those that got no branch.
+        made_with: Settings and versions of the calibration, for the record; empty where they are not known.
     """
 
     tensors: Mapping[str, Tensor]
     config: SparsityConfig
     layers: Mapping[str, str]
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
-        """``"split"``, ``"paper"`` or ``"none"``: the name of ``config.branch`` in calibration."""
-        return {"dropped": "split", "input": "paper", "none": "none"}[self.config.branch]
+        """What fitted it: one of `rtlynx.calibrate.METHODS`. Where that is not known, the one that suits ``config.branch``."""
+        return str(self.made_with.get("method") or {"dropped": "split", "input": "paper", "none": "plain"}[self.config.branch])
 
     @classmethod
     def from_model(cls, pipe_or_module: object) -> Compensation:
         """What a model's sparse layers hold now; tensors are the layers' own, not copies.
 
         Raises:
-            InvalidArgumentError: `rtlynx.apply` was not called on the model.
+            InvalidArgumentError: `rtlynx.apply` was not called on the model, or differently on each of two.
         """
-        root = target_module(pipe_or_module, "Compensation")
-        config = applied_config(root)
-        if config is None:
-            raise InvalidArgumentError("Compensation", "pipe_or_module", "a model without sparse layers", "one given to rtlynx.apply")
-        layers = sparse_layers(root)
+        modules, config = applied_modules(pipe_or_module, "Compensation")
+        layers = all_sparse_layers(modules)
         held = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in _TENSORS}
+        for name, layer in layers.items():
+            if only_permuted(layer):  # `set_compensation` makes it again
+                del held[f"{name}.sparse_weight"]
         return cls({key: value.detach() for key, value in held.items() if value is not None}, config, fingerprint(layers))
 
     def apply_to(self, pipe_or_module: object) -> None:
@@ -68,18 +75,24 @@ class Compensation:
             CompensationMismatchError: The model's sparse layers, their weights or their arithmetic are not those it was made for;
                 the model is left unchanged.
         """
-        root = target_module(pipe_or_module, "Compensation")
-        config = applied_config(root)
-        if config is None:
-            check_fingerprint(self.layers, {c.name: c.module for c in candidates(root, self.config) if c.reason is None})
-            apply(root, self.config)
-        elif not config.same_arithmetic(self.config):
-            raise CompensationMismatchError(f"made under {self.config}, but this model was applied with {config}")
+        modules = target_modules(pipe_or_module, "Compensation")
+        applied = {prefix: (root, config) for prefix, root in modules.items() if (config := applied_config(root)) is not None}
+        if not applied:
+            modules = {prefix: root for prefix, root in modules.items() if not prefix or any(n.startswith(prefix) for n in self.layers)}
+            wanted = {prefix: [c for c in candidates(root, self.config) if c.reason is None] for prefix, root in modules.items()}
+            check_fingerprint(self.layers, {prefix + c.name: c.module for prefix, found in wanted.items() for c in found})
+            for root in modules.values():
+                apply(root, self.config)
         else:
-            check_fingerprint(self.layers, sparse_layers(root))
-            remember_config(root, replace(config, rank=self.config.rank))
-        for name, layer in sparse_layers(root).items():
-            layer.set_compensation(*(self.tensors.get(f"{name}.{key}") for key in _TENSORS))
+            modules = {prefix: root for prefix, (root, _) in applied.items()}
+            for _, config in applied.values():
+                if not config.same_arithmetic(self.config):
+                    raise CompensationMismatchError(f"made under {self.config}, but this model was applied with {config}")
+            check_fingerprint(self.layers, all_sparse_layers(modules))
+            for root, config in applied.values():
+                remember_config(root, replace(config, rank=self.config.rank, ranks=self.config.ranks))
+        for name, layer in all_sparse_layers(modules).items():
+            layer.set_compensation(**{key: self.tensors.get(f"{name}.{key}") for key in _TENSORS})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; configuration and digests travel in its metadata. The file is complete or absent."""
@@ -88,11 +101,12 @@ class Compensation:
             "format_version": str(_FORMAT_VERSION),
             "rtlynx_version": __version__,
             "method": self.method,
+            "made_with": json.dumps(dict(self.made_with)),
             "config": json.dumps(self.config.to_dict()),
             "layers": json.dumps(dict(self.layers)),
         }
         with atomic_path(path) as temporary:
-            save_file({key: value.contiguous() for key, value in self.tensors.items()}, temporary, metadata)
+            save_file(_apart(self.tensors), temporary, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Compensation:
@@ -100,7 +114,7 @@ class Compensation:
 
         Raises:
             FileNotFoundError: There is no such file.
-            CompensationMismatchError: It is not a compensation file, or one of a newer format.
+            CompensationMismatchError: It is not a compensation file, or one of another format version.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -111,9 +125,23 @@ class Compensation:
         if metadata.get("format") != _FORMAT:
             raise CompensationMismatchError(f"{path} is not a compensation file: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
         if metadata["format_version"] != str(_FORMAT_VERSION):
-            raise CompensationMismatchError(f"{path} has format version {metadata['format_version']}, this rtlynx reads {_FORMAT_VERSION}")
+            found = metadata["format_version"]
+            raise CompensationMismatchError(
+                f"{path} has format version {found}, this rtlynx reads {_FORMAT_VERSION}: make it again with rtlynx.calibrate"
+            )
         config: dict[str, Any] = json.loads(metadata["config"])
-        return cls(tensors, SparsityConfig.from_dict(config), json.loads(metadata["layers"]))
+        made_with: dict[str, Any] = json.loads(metadata.get("made_with", "{}"))
+        return cls(tensors, SparsityConfig.from_dict(config), json.loads(metadata["layers"]), made_with)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, each in memory of its own: layers that select together share some, which safetensors refuses."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.contiguous() if tensor.data_ptr() not in seen else tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def save_compensation(pipe_or_module: object, path: str | os.PathLike[str]) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx import reference
+from rtlynx import plans, reference
+from rtlynx.direct import direct
 from rtlynx.errors import DeviceError, InvalidArgumentError
+from rtlynx.inductor import share_selections
 from rtlynx.reference import EPS, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, BranchInput, Sparsified, metadata_shape
 
 __all__ = ["Sparsified", "sparse_linear", "sparsify"]
@@ -48,15 +50,15 @@ def sparsify(
     With ``X' = x - shift`` (float32, rounded to T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
 
         s      = sqrt(‖X'‖² / (‖S(X')‖² + eps))        norm compensation of RT-Lynx (arXiv 2605.26632); 1 when it is off
-        branch = X' · comp_downᵀ                       branch_input = "input": the paper's branch
-               = (X' - S(X')) · comp_downᵀ             branch_input = "dropped": split, a branch on what selection dropped
+        branch = X' · comp_down                        branch_input = "input": the paper's branch
+               = (X' - S(X')) · comp_down              branch_input = "dropped": split, a branch on what selection dropped
 
     Args:
         x: ``(M, K)`` of dtype T: bfloat16 or float16, also float32 on the CPU. K a multiple of 64, any M ≥ 0. Copied if its last dimension
             is strided or its rows are not 16-byte aligned; a strided first dimension is read in place.
         score: optional ``(K,)`` float32 factor on the magnitudes that selection compares. Values are stored without it.
         shift: optional ``(K,)`` float32 vector subtracted first; add ``shift · Wᵀ`` to the bias.
-        comp_down: optional ``(r, K)`` of dtype T, r a multiple of 16 up to 128.
+        comp_down: optional ``(K, r)`` of dtype T, r a multiple of 16 up to 128; row k holds the coefficients of channel k.
         branch_input: ``"dropped"`` or ``"input"``; without `comp_down` it says nothing.
         norm_compensation: whether to compute the row scale.
         eps: ε of the row scale.
@@ -72,6 +74,8 @@ def sparsify(
         InvalidArgumentError: a dtype, shape or device does not fit; nothing has been launched.
         DeviceError: the GPU path cannot run on this machine.
     """
+    if direct(x, score, shift, comp_down):
+        return _sparsify_cuda(x, score, shift, comp_down, branch_input, norm_compensation, eps)
     return Sparsified(*torch.ops.rtlynx.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps))
 
 
@@ -102,15 +106,18 @@ def sparse_linear(
         InvalidArgumentError: a dtype, shape or device does not fit, or a tensor is not contiguous; nothing has been launched.
         DeviceError: the GPU path cannot run on this machine.
     """
+    if direct(values, metadata, weight, row_scale, branch, comp_up, bias):
+        return _sparse_linear_cuda(values, metadata, weight, row_scale, branch, comp_up, bias)
     return torch.ops.rtlynx.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)  # type: ignore[no-any-return]
 
 
 # ---- validation -------------------------------------------------------------------------------------------------------------------------
+# It runs before every launch: what it builds in words it builds only to refuse.
 
 
 def _check(op: str, argument: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a tensor whose shape (None: any size), dtype or device is not the expected one."""
-    if tensor.dim() != len(shape) or any(want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)):
+    if tensor.shape != shape and not _fits(tensor.shape, shape):
         wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
         raise InvalidArgumentError(op, argument, f"shape {tuple(tensor.shape)}", f"shape {wanted}")
     if tensor.dtype != dtype:
@@ -119,9 +126,20 @@ def _check(op: str, argument: str, tensor: Tensor, shape: tuple[Any, ...], dtype
         raise InvalidArgumentError(op, argument, f"device {tensor.device}", f"device {device}")
 
 
+def _fits(have: tuple[int, ...], shape: tuple[Any, ...]) -> bool:
+    if len(have) != len(shape):
+        return False
+    for n, want in zip(have, shape, strict=True):  # noqa: SIM110 - a generator takes twice as long
+        if want is not None and n != want:
+            return False
+    return True
+
+
 def _check_dtype(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.dtype in _KERNEL_DTYPES:
+        return
     on_cpu = tensor.device.type == "cpu"
-    if tensor.dtype not in _KERNEL_DTYPES and not (on_cpu and tensor.dtype is torch.float32):
+    if not (on_cpu and tensor.dtype is torch.float32):
         expected = "bfloat16, float16 or float32" if on_cpu else "bfloat16 or float16"
         raise InvalidArgumentError(op, argument, f"dtype {tensor.dtype} on {tensor.device.type}", f"{expected} there")
 
@@ -139,12 +157,13 @@ def _check_sparsify(x: Tensor, score: Tensor | None, shift: Tensor | None, comp_
     k = x.shape[1]
     if k == 0 or k % K_MULTIPLE:
         raise InvalidArgumentError(op, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
-    for name, vector in (("score", score), ("shift", shift)):
-        if vector is not None:
-            _check(op, name, vector, (k,), torch.float32, x.device)
+    if score is not None:
+        _check(op, "score", score, (k,), torch.float32, x.device)
+    if shift is not None:
+        _check(op, "shift", shift, (k,), torch.float32, x.device)
     if comp_down is not None:
-        _check(op, "comp_down", comp_down, (None, k), x.dtype, x.device)
-        _check_rank(op, "comp_down", comp_down.shape[0])
+        _check(op, "comp_down", comp_down, (k, None), x.dtype, x.device)
+        _check_rank(op, "comp_down", comp_down.shape[1])
     if branch_input not in ("input", "dropped"):
         raise InvalidArgumentError(op, "branch_input", repr(branch_input), "'input' or 'dropped'")
 
@@ -162,25 +181,28 @@ def _check_sparse_linear(
     if values.dim() != 2:
         raise InvalidArgumentError(op, "values", f"{values.dim()} dimensions", "2 dimensions (M, K/2)")
     _check_dtype(op, "values", values)
-    m, k = values.shape[0], values.shape[1] * 2
+    dtype, device = values.dtype, values.device
+    m, half = values.shape
+    k = 2 * half
     if k == 0 or k % K_MULTIPLE:
-        raise InvalidArgumentError(op, "values", f"K/2 = {k // 2}", f"K a positive multiple of {K_MULTIPLE}")
-    _check(op, "metadata", metadata, metadata_shape(m, k), torch.int32, values.device)
-    _check(op, "weight", weight, (None, k), values.dtype, values.device)
+        raise InvalidArgumentError(op, "values", f"K/2 = {half}", f"K a positive multiple of {K_MULTIPLE}")
+    _check(op, "metadata", metadata, metadata_shape(m, k), torch.int32, device)
+    _check(op, "weight", weight, (None, k), dtype, device)
     n = weight.shape[0]
     if n == 0 or n % N_MULTIPLE:
         raise InvalidArgumentError(op, "weight", f"N = {n}", f"N a positive multiple of {N_MULTIPLE}")
     if row_scale is not None:
-        _check(op, "row_scale", row_scale, (m,), torch.float32, values.device)
+        _check(op, "row_scale", row_scale, (m,), torch.float32, device)
     if (branch is None) != (comp_up is None):
         absent, present = ("branch", "comp_up") if branch is None else ("comp_up", "branch")
         raise InvalidArgumentError(op, absent, "None", f"a tensor, since `{present}` is given")
     if branch is not None and comp_up is not None:
-        _check(op, "branch", branch, (m, None), values.dtype, values.device)
-        _check_rank(op, "branch", branch.shape[1])
-        _check(op, "comp_up", comp_up, (n, branch.shape[1]), values.dtype, values.device)
+        _check(op, "branch", branch, (m, None), dtype, device)
+        rank = branch.shape[1]
+        _check_rank(op, "branch", rank)
+        _check(op, "comp_up", comp_up, (n, rank), dtype, device)
     if bias is not None:
-        _check(op, "bias", bias, (n,), values.dtype, values.device)
+        _check(op, "bias", bias, (n,), dtype, device)
 
 
 def _pointer(op: str, argument: str, tensor: Tensor | None) -> int:
@@ -195,13 +217,19 @@ def _pointer(op: str, argument: str, tensor: Tensor | None) -> int:
     return address
 
 
+def _stream(device_index: int) -> int:
+    """The handle of torch's current stream, without the object that `torch.cuda.current_stream` makes around it."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
 @functools.cache
 def _core() -> ModuleType:
-    """The compiled extension, imported when the first CUDA tensor arrives."""
+    """The compiled extension, imported when the first CUDA tensor arrives, with what `rtlynx.autotune` saved for this machine's GPUs."""
     try:
         from rtlynx import _core as core
     except ImportError as error:
         raise DeviceError(f"rtlynx._core is not built ({error}); install the package with `pip install .`") from error
+    plans.use_saved(core)
     return core
 
 
@@ -224,10 +252,10 @@ def _sparsify_cpu(
 def _sparsify_outputs(x: Tensor, comp_down: Tensor | None, norm_compensation: bool) -> Sparsified:
     m, k = x.shape
     return Sparsified(
-        values=x.new_empty(m, k // 2),
-        metadata=x.new_empty(metadata_shape(m, k), dtype=torch.int32),
-        row_scale=x.new_empty(m if norm_compensation else 0, dtype=torch.float32),
-        branch=x.new_empty(m, 0 if comp_down is None else comp_down.shape[0]),
+        x.new_empty(m, k // 2),
+        x.new_empty(*metadata_shape(m, k), dtype=torch.int32),
+        x.new_empty(m if norm_compensation else 0, dtype=torch.float32),
+        x.new_empty(m, 0 if comp_down is None else comp_down.shape[1]),
     )
 
 
@@ -241,17 +269,14 @@ def _sparsify_fake(
     eps: float,
 ) -> Sparsified:
     _check_sparsify(x, score, shift, comp_down, branch_input)
+    share_selections()
     return _sparsify_outputs(x, comp_down, norm_compensation)
 
 
 def _rows_readable(x: Tensor) -> bool:
     """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
-    return (
-        x.stride(1) == 1
-        and x.stride(0) * x.element_size() % _ALIGNMENT == 0
-        and x.data_ptr() % _ALIGNMENT == 0
-        and x.stride(0) >= x.shape[1]
-    )
+    row, column = x.stride()
+    return column == 1 and row >= x.shape[1] and row * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
 
 
 def _sparsify_cuda(
@@ -271,10 +296,12 @@ def _sparsify_cuda(
     m, k = x.shape
     if m == 0:
         return out
-    rank = out.branch.shape[1]
+    values, metadata, row_scale, branch = out
+    rank = branch.shape[1]
+    device_index = x.get_device()
     _core().sparsify(
-        device_index=x.get_device(),
-        stream=torch.cuda.current_stream(x.device).cuda_stream,
+        device_index=device_index,
+        stream=_stream(device_index),
         dtype=_KERNEL_DTYPES[x.dtype],
         m=m,
         k=k,
@@ -284,10 +311,10 @@ def _sparsify_cuda(
         score=_pointer(op, "score", score),
         shift=_pointer(op, "shift", shift),
         comp_down=_pointer(op, "comp_down", comp_down),
-        values=out.values.data_ptr(),
-        metadata=out.metadata.data_ptr(),
-        row_scale=out.row_scale.data_ptr() if norm_compensation else 0,
-        branch=out.branch.data_ptr() if rank else 0,
+        values=values.data_ptr(),
+        metadata=metadata.data_ptr(),
+        row_scale=row_scale.data_ptr() if norm_compensation else 0,
+        branch=branch.data_ptr() if rank else 0,
         branch_of_dropped=branch_input == "dropped",
         eps=eps,
     )
@@ -311,11 +338,11 @@ def _sparsify_backward(
     grad_down = None
     if comp_down is not None:
         z = reference.shifted(x, shift)
-        grad_z = grad_branch @ comp_down
+        grad_z = grad_branch @ comp_down.T
         if ctx.branch_input == "dropped":
             z, grad_z = z.scatter(1, columns, 0), grad_z.scatter(1, columns, 0)
         grad_x = grad_x + grad_z
-        grad_down = grad_branch.T @ z
+        grad_down = z.T @ grad_branch
     grad_shift = -grad_x.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
     return grad_x, None, grad_shift, grad_down, None, None, None
 
@@ -360,17 +387,19 @@ def _sparse_linear_cuda(
 ) -> Tensor:
     op = "sparse_linear"
     _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias)
-    m, n = values.shape[0], weight.shape[0]
+    m = values.shape[0]
+    n, k = weight.shape
     out = values.new_empty(m, n)
     if m == 0:
         return out
+    device_index = values.get_device()
     _core().sparse_linear(
-        device_index=values.get_device(),
-        stream=torch.cuda.current_stream(values.device).cuda_stream,
+        device_index=device_index,
+        stream=_stream(device_index),
         dtype=_KERNEL_DTYPES[values.dtype],
         m=m,
         n=n,
-        k=weight.shape[1],
+        k=k,
         rank=0 if branch is None else branch.shape[1],
         values=_pointer(op, "values", values),
         metadata=_pointer(op, "metadata", metadata),

@@ -150,8 +150,8 @@ def sparsify(
     With ``X' = x - shift`` and ``S`` the selection::
 
         row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
-        branch    = X' · comp_downᵀ                  for branch_input = "input"    (the paper's branch)
-                  = (X' - S(X')) · comp_downᵀ        for branch_input = "dropped"  (split: what selection dropped)
+        branch    = X' · comp_down                  for branch_input = "input"    (the paper's branch)
+                  = (X' - S(X')) · comp_down        for branch_input = "dropped"  (split: what selection dropped)
     """
     m, k = x.shape
     x = shifted(x, shift)
@@ -169,7 +169,7 @@ def sparsify(
         z = x.float()
         if branch_input == "dropped":
             z = z.masked_fill(mask, 0)
-        branch = (z @ comp_down.float().T).to(x.dtype)
+        branch = (z @ comp_down.float()).to(x.dtype)
     return Sparsified(values, pack_metadata(positions), row_scale, branch)
 
 

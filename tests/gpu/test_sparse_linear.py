@@ -29,7 +29,7 @@ def exact(sparse: ops.Sparsified, weight: Tensor, comp_up: Tensor | None, bias: 
 def check(m: int, n: int, k: int, rank: int, dtype: torch.dtype, with_bias: bool = True, norm_compensation: bool = True) -> None:
     x = torch.randn(m, k, device="cuda", dtype=dtype)
     weight = torch.randn(n, k, device="cuda", dtype=dtype) / k**0.5
-    down = torch.randn(rank, k, device="cuda", dtype=dtype) / k**0.5 if rank else None
+    down = torch.randn(k, rank, device="cuda", dtype=dtype) / k**0.5 if rank else None
     up = torch.randn(n, rank, device="cuda", dtype=dtype) if rank else None
     bias = torch.randn(n, device="cuda", dtype=dtype) if with_bias else None
     sparse = ops.sparsify(x, comp_down=down, norm_compensation=norm_compensation)

@@ -44,7 +44,7 @@ def test_selection_is_bit_exact(m: int, k: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rank", [r for r in RANKS if r])
 @pytest.mark.parametrize("m, k", [(1, 64), (129, 1152), (200, 832)], ids=str)
 def test_branch(m: int, k: int, rank: int, branch_input: reference.BranchInput, norm_compensation: bool, dtype: torch.dtype) -> None:
-    x, down = token_like(m, k, dtype), torch.randn(rank, k, device="cuda", dtype=dtype)
+    x, down = token_like(m, k, dtype), torch.randn(k, rank, device="cuda", dtype=dtype)
     args = (x, None, None, down, branch_input, norm_compensation)
     assert_same(ops.sparsify(*args), reference.sparsify(*args), dtype)
 
@@ -56,7 +56,7 @@ def test_score_and_shift(m: int, k: int, with_score: bool, with_shift: bool, dty
     x = token_like(m, k, dtype)
     score = torch.rand(k, device="cuda") if with_score else None
     shift = torch.randn(k, device="cuda") if with_shift else None
-    down = torch.randn(64, k, device="cuda", dtype=dtype)
+    down = torch.randn(k, 64, device="cuda", dtype=dtype)
     assert_same(ops.sparsify(x, score, shift, down), reference.sparsify(x, score, shift, down), dtype)
 
 
@@ -83,14 +83,14 @@ def test_non_finite_values_are_kept_and_spoil_only_their_row(dtype: torch.dtype)
 def test_zero_rows_have_scale_zero() -> None:
     x = torch.randn(20, 64, device="cuda", dtype=torch.bfloat16)
     x[7] = 0
-    got = ops.sparsify(x, comp_down=torch.randn(16, 64, device="cuda", dtype=torch.bfloat16))
+    got = ops.sparsify(x, comp_down=torch.randn(64, 16, device="cuda", dtype=torch.bfloat16))
     assert got.row_scale[7] == 0
     assert not got.branch[7].any()
 
 
 def test_no_tokens() -> None:
     x = torch.empty(0, 256, device="cuda", dtype=torch.bfloat16)
-    got = ops.sparsify(x, comp_down=torch.randn(16, 256, device="cuda", dtype=torch.bfloat16))
+    got = ops.sparsify(x, comp_down=torch.randn(256, 16, device="cuda", dtype=torch.bfloat16))
     assert [tuple(t.shape) for t in got] == [(0, 128), (1, 0, 32, 4), (0,), (0, 16)]
 
 
@@ -107,6 +107,6 @@ def test_strided_input(layout: str) -> None:
 
 
 def test_runs_are_reproducible() -> None:
-    x, down = token_like(1000, 3072, torch.bfloat16), torch.randn(64, 3072, device="cuda", dtype=torch.bfloat16)
+    x, down = token_like(1000, 3072, torch.bfloat16), torch.randn(3072, 64, device="cuda", dtype=torch.bfloat16)
     first, second = ops.sparsify(x, comp_down=down), ops.sparsify(x, comp_down=down)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -16,7 +16,7 @@ BF16 = torch.bfloat16
 def make_layer(n: int = 256, k: int = 512, rank: int = 16, device: str = "cuda") -> dict[str, Tensor]:
     return {
         "weight": torch.randn(n, k, device=device, dtype=BF16) / k**0.5,
-        "down": torch.randn(rank, k, device=device, dtype=BF16) / k**0.5,
+        "down": torch.randn(k, rank, device=device, dtype=BF16) / k**0.5,
         "up": torch.randn(n, rank, device=device, dtype=BF16),
         "bias": torch.randn(n, device=device, dtype=BF16),
     }

@@ -24,6 +24,12 @@ SPARSE_LINEAR: dict[str, Any] = dict(
     values=TENSOR, metadata=TENSOR, weight=TENSOR, row_scale=TENSOR, branch=TENSOR, comp_up=TENSOR, bias=TENSOR, out=TENSOR,
 )  # fmt: skip
 
+FUSED_LINEAR: dict[str, Any] = dict(
+    device_index=0, stream=0, dtype="bfloat16", m=64, n=64, k=128, ldx=128, rank=16,
+    branch_of_dropped=True, norm_compensation=True, eps=1e-8,
+    x=TENSOR, score=0, shift=0, comp_down=TENSOR, weight=TENSOR, comp_up=TENSOR, bias=TENSOR, branch=TENSOR, progress=TENSOR, out=TENSOR,
+)  # fmt: skip
+
 
 def test_version_is_that_of_the_installed_package() -> None:
     assert _core.__version__ == importlib.metadata.version("rtlynx")
@@ -62,6 +68,14 @@ def test_hopper_kernels_are_planned_for_hopper_only(capability: tuple[int, int])
     assert _core.plan_sparse_linear(capability, 132, 4608, 12288, 3072, 64, "bfloat16") == "spmm_sm80_bf16_128x128x64_s4"
 
 
+def test_the_plan_is_one_of_the_candidates() -> None:
+    for capability, count in (((9, 0), 6), ((8, 9), 3)):
+        for problem in ((1, 8, 64, 0), (4608, 12288, 3072, 64)):
+            candidates = _core.candidates(capability, 132, *problem, "float16")
+            assert len(candidates) == count == len(set(candidates))
+            assert _core.plan_sparse_linear(capability, 132, *problem, "float16") in candidates
+
+
 def test_plan_depends_on_the_gpu_and_the_problem() -> None:
     problems = [(64, 64), (512, 3072), (4608, 12288)]
     plans = {
@@ -75,9 +89,10 @@ def test_plan_depends_on_the_gpu_and_the_problem() -> None:
 @pytest.mark.parametrize("argument, got", [("m", -1), ("n", 12), ("k", 96), ("k", 0), ("rank", 8), ("rank", 144), ("dtype", "float32")])
 def test_plan_refuses_problems_outside_the_format(argument: str, got: object) -> None:
     problem: dict[str, Any] = dict(m=64, n=64, k=128, rank=16, dtype="bfloat16")
-    with pytest.raises(InvalidArgumentError) as refusal:
-        _core.plan_sparse_linear(*H200, **problem | {argument: got})
-    assert (refusal.value.op, refusal.value.argument, refusal.value.got) == ("sparse_linear", argument, str(got))
+    for ask in (_core.plan_sparse_linear, _core.candidates):
+        with pytest.raises(InvalidArgumentError) as refusal:
+            ask(*H200, **problem | {argument: got})
+        assert (refusal.value.op, refusal.value.argument, refusal.value.got) == ("sparse_linear", argument, str(got))
 
 
 def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
@@ -118,14 +133,30 @@ def test_sparse_linear_refuses_before_it_asks_for_a_driver(argument: str, got: o
     assert (refusal.value.op, refusal.value.argument) == ("sparse_linear", argument)
 
 
+@pytest.mark.parametrize(
+    "argument, got",
+    [
+        *[("m", -1), ("n", 12), ("k", 96), ("ldx", 64), ("ldx", 130), ("ldx", 1 << 31), ("rank", 17), ("eps", -1.0), ("dtype", "int8")],
+        *[("x", 0), ("x", TENSOR + 8), ("score", TENSOR + 4), ("comp_down", 0), ("weight", 0), ("branch", 0), ("progress", 0), ("out", 0)],
+    ],
+)
+def test_fused_linear_refuses_before_it_asks_for_a_driver(argument: str, got: object) -> None:
+    with pytest.raises(InvalidArgumentError) as refusal:
+        _core.fused_linear(**FUSED_LINEAR | {argument: got})
+    assert (refusal.value.op, refusal.value.argument) == ("fused_linear", argument)
+
+
 def test_a_superfluous_branch_is_refused() -> None:
     with pytest.raises(InvalidArgumentError, match="`comp_down`: got a tensor, expected none: rank is 0"):
         _core.sparsify(**SPARSIFY | {"rank": 0})
+    with pytest.raises(InvalidArgumentError, match="`comp_down`: got a tensor, expected none: rank is 0"):
+        _core.fused_linear(**FUSED_LINEAR | {"rank": 0})
 
 
 def test_no_rows_launch_nothing() -> None:
     _core.sparsify(**SPARSIFY | {"m": 0, "x": 0, "values": 0, "metadata": 0, "row_scale": 0, "branch": 0})
     _core.sparse_linear(**SPARSE_LINEAR | {"m": 0, "values": 0, "metadata": 0, "branch": 0, "out": 0})
+    _core.fused_linear(**FUSED_LINEAR | {"m": 0, "x": 0, "branch": 0, "progress": 0, "out": 0})
 
 
 @pytest.mark.skipif(_core.driver_version() is not None, reason="this machine has a driver")
@@ -134,6 +165,12 @@ def test_a_missing_driver_is_named() -> None:
         _core.sparsify(**SPARSIFY)
     with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
         _core.sparse_linear(**SPARSE_LINEAR)
+    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
+        _core.fused_linear(**FUSED_LINEAR)
+    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
+        _core.set_plan(0, 64, 64, 128, 0, "bfloat16", None)
+    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
+        _core.gemm_kernel(0, 64, 64, 128, 0, "bfloat16")
 
 
 def test_the_extension_links_neither_torch_nor_cuda() -> None:

@@ -32,6 +32,10 @@ def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
     branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
     _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, A, branch, comp_up, 0, A)
 
+def fused_linear(m=100, n=264, k=128, rank=0):
+    branch = A if rank else 0
+    _core.fused_linear(0, 0x5, "bfloat16", m, n, k, k, rank, A, 0, 0, branch, A, branch, 0, branch, branch, A, True, True, 1e-8)
+
 try:
     {statements}
 except RTLynxError as error:
@@ -80,7 +84,7 @@ def test_ptx_newer_than_the_driver_reads_as_an_old_driver(driver: Path) -> None:
     assert run(driver, "sparse_linear()", load=222)[-1].startswith("DeviceError: the NVIDIA driver is too old")
 
 
-@pytest.mark.parametrize("op", ["sparsify", "sparse_linear"])
+@pytest.mark.parametrize("op", ["sparsify", "sparse_linear", "fused_linear"])
 def test_an_old_gpu_is_refused(driver: Path, op: str) -> None:
     (message,) = run(driver, f"{op}()", capability=75)
     assert message.startswith(f"DeviceError: {op}: got a GPU of compute capability 7.5, expected 8.0 or newer")
@@ -112,15 +116,53 @@ def test_the_grid_covers_a_ragged_problem(driver: Path) -> None:
     assert launch.startswith("launch 10x1x1 of 128x1x1, 49152 bytes")  # 64 x 64 tiles: 2 of M = 100, 5 of N = 264
 
 
+TUNED = "_core.set_plan(0, 100, 264, 128, 0, 'float16', {kernel!r})"
+ASKED = "print(_core.gemm_kernel(0, 100, 264, 128, 0, 'float16'))"
+
+
+@needs_device_code
+def test_a_tuned_kernel_is_launched_until_it_is_taken_back(driver: Path) -> None:
+    kernel, planned = "spmm_sm80_f16_128x128x64_s4", "spmm_sm80_f16_64x64x64_s4"
+    calls = run(driver, f"{TUNED.format(kernel=kernel)}; {ASKED}; sparse_linear(); {TUNED.format(kernel=None)}; {ASKED}; sparse_linear()")
+    assert [call for call in calls if call.startswith("spmm")] == [kernel] * 2 + [planned] * 2
+    assert [call.split(",")[0] for call in calls if call.startswith("launch")] == [
+        "launch 3x1x1 of 128x1x1",  # 128 x 128 tiles: 1 of M = 100, 3 of N = 264
+        "launch 10x1x1 of 128x1x1",
+    ]
+
+
+@needs_device_code
+def test_a_tuned_kernel_is_for_its_problem_only(driver: Path) -> None:
+    tuned = TUNED.format(kernel="spmm_sm80_f16_128x128x64_s4")
+    calls = run(driver, f"{tuned}; sparse_linear(m=101); sparse_linear(rank=16)")
+    assert [call for call in calls if call.startswith("spmm")] == ["spmm_sm80_f16_64x64x64_s4"]
+
+
+def test_only_the_kernels_this_gpu_uses_are_tuned(driver: Path) -> None:
+    """On a GPU that has kernels of its own: they are passed over while only the portable ones run."""
+    portable = "_core.use_portable_kernels(True)"
+    assert run(driver, f"{TUNED.format(kernel='spmm_sm90_f16_256x192x64_s5')}; {ASKED}; {portable}; {ASKED}") == [
+        *["spmm_sm90_f16_256x192x64_s5", "spmm_sm80_f16_64x64x64_s4"]
+    ]
+    for capability, got in ((80, "spmm_sm90_f16_256x192x64_s5"), (90, "spmm_sm80_bf16_64x64x64_s4")):
+        (message,) = run(driver, TUNED.format(kernel=got), capability=capability)
+        assert message.startswith(f"InvalidArgumentError: sparse_linear: argument `kernel`: got {got}, expected one of spmm_sm")
+        assert "spmm_sm80_f16_64x64x64_s4" in message
+    (message,) = run(driver, TUNED.replace("(0, 100", "(2, 100").format(kernel=None))
+    assert message == "InvalidArgumentError: sparse_linear: argument `device_index`: got 2, expected a GPU index below 2"
+
+
 @needs_device_code
 @pytest.mark.parametrize(
     "m, k, blocks, cluster",  # a cluster for every 64 rows; attribute 4 is its size
-    [(100, 128, 4, ", attribute 4: 2x1x1"), (4608, 3072, 216, ", attribute 4: 3x1x1"), (20000, 3072, 313, "")],
+    [(100, 128, 2, ""), (100, 320, 4, ", attribute 4: 2x1x1"), (4608, 3072, 216, ", attribute 4: 3x1x1"), (20000, 3072, 313, "")],
 )
 def test_hopper_sparsifies_in_clusters(driver: Path, m: int, k: int, blocks: int, cluster: str) -> None:
-    *_, symbol, _, launch, _ = run(driver, f"sparsify(m={m}, k={k})")
+    *_, symbol, _, x, comp_down, launch, _ = run(driver, f"sparsify(m={m}, k={k})")
     assert symbol == "sparsify_sm90_bf16_r64"
-    assert launch == f"launch {blocks}x2x1 of 256x1x1, 49152 bytes, stream 0x5, first pointer 0x100000{cluster}"
+    assert x.startswith(f"map 0x100000: type 9, rank 2, {k}x{m}, stride {2 * k}, box 64x64 of")
+    assert comp_down.startswith("map 0x100000: type 9")
+    assert launch == f"launch {blocks}x2x1 of 288x1x1, 98304 bytes, stream 0x5, first pointer 0x100000{cluster}"
 
 
 @needs_device_code
@@ -129,6 +171,15 @@ def test_other_gpus_get_no_clusters(driver: Path, capability: int) -> None:
     calls = run(driver, "sparsify(m=4608, k=3072)", capability=capability)
     assert "sparsify_bf16_r64" in calls
     assert not any("attribute" in call for call in calls)
+
+
+@needs_device_code
+@pytest.mark.parametrize("capability", [80, 90])
+def test_one_kernel_has_blocks_for_the_branch(driver: Path, capability: int) -> None:
+    without, with_branch = (run(driver, f"fused_linear(rank={rank})", capability=capability)[-3:-1] for rank in (0, 80))
+    assert without[-1] == "launch 10x1x1 of 128x1x1, 65536 bytes, stream 0x5, first pointer 0x100000"  # as above
+    assert with_branch[-1] == without[-1].replace("10x1x1", "14x1x1")  # 2 of M = 100, 2 of rank 80
+    assert "fused_sm80_bf16_64x64x64_s4" in run(driver, "fused_linear()", capability=capability)
 
 
 HOPPER = "sparse_linear(m=4000, n=3080, k=2432, rank={rank}, dtype='bfloat16')"
@@ -140,13 +191,14 @@ def test_hopper_gets_a_map_of_every_operand(driver: Path) -> None:
     fixed = "of strides 1 1, interleave 0, swizzle {}, promotion 2, fill 0"
     call = [
         f"map 0x100000: type 9, rank 2, 1216x4000, stride 2432, box 32x256 {fixed.format(2)}",
-        f"map 0x200000: type 9, rank 2, 2432x3080, stride 4864, box 64x192 {fixed.format(3)}",
+        f"map 0x200000: type 9, rank 2, 2432x3080, stride 4864, box 64x144 {fixed.format(3)}",
         f"map 0x300000: type 9, rank 2, 48x4000, stride 96, box 32x256 {fixed.format(2)}",
-        f"map 0x400000: type 9, rank 2, 48x3080, stride 96, box 32x192 {fixed.format(2)}",
-        "launch 132x1x1 of 384x1x1, 231504 bytes, stream 0x5, first pointer 0x100000",  # the first map begins with its address
+        f"map 0x400000: type 9, rank 2, 48x3080, stride 96, box 32x144 {fixed.format(2)}",
+        # the first map begins with its address; attribute 6 lets it start before selection has finished
+        "launch 132x1x1 of 384x1x1, 208992 bytes, stream 0x5, first pointer 0x100000, attribute 6: 1x0x0",
         "pop",
     ]
-    loading = ["retain", "push", "capture relaxed", "load", "spmm_sm90_bf16_256x192x64_s5", "capture restored"]
+    loading = ["retain", "push", "capture relaxed", "load", "spmm_sm90_bf16_256x144x64_s6", "capture restored"]
     assert calls == [*loading, *call, "push", *call]
 
 
@@ -186,4 +238,4 @@ def test_a_failed_launch_is_named(driver: Path) -> None:
 
 
 def test_no_rows_launch_nothing(driver: Path) -> None:
-    assert run(driver, "sparsify(m=0); sparse_linear(m=0)") == []
+    assert run(driver, "sparsify(m=0); sparse_linear(m=0); fused_linear(m=0)") == []

@@ -14,7 +14,7 @@ from rtlynx import InvalidArgumentError, ops, reference
 
 def layer(n: int = 24, k: int = 128, rank: int = 16) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    return torch.randn(n, k) / k**0.5, torch.randn(rank, k) / k**0.5, torch.randn(n, rank), torch.randn(n)
+    return torch.randn(n, k) / k**0.5, torch.randn(k, rank) / k**0.5, torch.randn(n, rank), torch.randn(n)
 
 
 def forward(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor, branch_input: reference.BranchInput = "dropped") -> Tensor:
@@ -49,7 +49,7 @@ def test_gradients_are_those_of_the_straight_mask(branch_input: reference.Branch
     def plain(x: Tensor, shift: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         z = x - shift
         kept = scale * mask * z
-        return kept @ weight.T + (z if branch_input == "input" else z - mask * z) @ down.T @ up.T + bias
+        return kept @ weight.T + (z if branch_input == "input" else z - mask * z) @ down @ up.T + bias
 
     cotangent = torch.randn(33, 24)
     results = []
@@ -94,10 +94,11 @@ BAD_SPARSIFY: list[tuple[str, dict[str, Any]]] = [
     ("score", {"score": torch.ones(127)}),
     ("score", {"score": torch.ones(128).half()}),
     ("shift", {"shift": torch.ones(128, device="meta")}),
-    ("comp_down", {"comp_down": torch.ones(16, 64)}),
-    ("comp_down", {"comp_down": torch.ones(16, 128).half()}),
-    ("comp_down", {"comp_down": torch.ones(8, 128)}),
-    ("comp_down", {"comp_down": torch.ones(144, 128)}),
+    ("comp_down", {"comp_down": torch.ones(64, 16)}),
+    ("comp_down", {"comp_down": torch.ones(128, 16).half()}),
+    ("comp_down", {"comp_down": torch.ones(128, 8)}),
+    ("comp_down", {"comp_down": torch.ones(128, 144)}),
+    ("comp_down", {"comp_down": torch.ones(16, 128)}),  # transposed
     ("branch_input", {"branch_input": "both"}),
 ]
 
@@ -109,7 +110,7 @@ def test_sparsify_refuses(argument: str, change: dict[str, Any]) -> None:
     assert (caught.value.op, caught.value.argument) == ("sparsify", argument)
 
 
-S = ops.sparsify(X, comp_down=torch.randn(16, 128))
+S = ops.sparsify(X, comp_down=torch.randn(128, 16))
 GOOD = {"values": S.values, "metadata": S.metadata, "weight": torch.randn(24, 128)}
 BAD_SPARSE_LINEAR: list[tuple[str, dict[str, Any]]] = [
     ("values", {"values": S.values[0]}),

@@ -93,13 +93,13 @@ def test_norm_compensation_restores_the_norm_of_every_token() -> None:
 @pytest.mark.parametrize("norm_compensation", [True, False])
 def test_branches(norm_compensation: bool) -> None:
     torch.manual_seed(3)
-    x, down, shift = torch.randn(30, 128), torch.randn(16, 128), torch.randn(128)
+    x, down, shift = torch.randn(30, 128), torch.randn(128, 16), torch.randn(128)
     for branch_input in ("input", "dropped"):
         sparse = reference.sparsify(x, None, shift, down, branch_input, norm_compensation)
         z = x - shift
         if branch_input == "dropped":
             z = z - reference.decompress(sparse.values, sparse.metadata)
-        torch.testing.assert_close(sparse.branch, z @ down.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sparse.branch, z @ down, rtol=1e-4, atol=1e-4)
 
 
 def test_split_with_a_full_rank_branch_is_the_dense_layer() -> None:

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::format::{BLOCK_COLS, TILE_ROWS, ceil_div};
+use crate::format::TILE_ROWS;
 use crate::problem::Dtype;
 
 /// Launch geometry of one kernel on one problem.
@@ -16,6 +16,8 @@ pub struct Launch {
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+    /// Whether it may start before the kernel before it in the stream has finished: then it waits for that itself.
+    pub overlaps: bool,
 }
 
 /// Any kernel; its `Display` is the symbol in the device code.
@@ -25,6 +27,10 @@ pub enum Kernel {
     Sparsify(SparsifyKernel),
     /// The sparse GEMM.
     Spmm(SpmmKernel),
+    /// The whole layer in one.
+    Fused(FusedKernel),
+    /// A measurement of the tensor cores.
+    Probe(ProbeKernel),
 }
 
 impl fmt::Display for Kernel {
@@ -32,6 +38,8 @@ impl fmt::Display for Kernel {
         match self {
             Self::Sparsify(kernel) => kernel.fmt(f),
             Self::Spmm(kernel) => kernel.fmt(f),
+            Self::Fused(kernel) => kernel.fmt(f),
+            Self::Probe(kernel) => kernel.fmt(f),
         }
     }
 }
@@ -68,16 +76,14 @@ pub struct SparsifyKernel {
 impl SparsifyKernel {
     /// Rank capacities that are compiled.
     pub const CAPACITIES: [i64; 4] = [0, 16, 32, 64];
-    /// Threads of a block.
-    pub const THREADS: u32 = 32 * Self::WARPS;
+    /// Columns of one box of x, and channels of one box of `comp_down`, in the sm90 family.
+    pub const UNIT_COLS: i64 = 64;
     /// Largest cluster that every GPU with clusters accepts.
     pub const MAX_CLUSTER: i64 = 8;
-    /// Warps of a block.
+    /// Warps of a block that select.
     const WARPS: u32 = 8;
-    /// Columns that a block of the sm90 family works on at a time.
-    const STEP_COLS: i64 = 128;
-    /// Such steps of `comp_down` in shared memory at once.
-    const STAGES: i64 = 3;
+    /// Units in one pipeline stage of the sm90 family.
+    const STAGE_UNITS: i64 = 2;
 
     /// Every kernel of both families.
     pub fn all() -> impl Iterator<Item = Self> {
@@ -94,9 +100,17 @@ impl SparsifyKernel {
         }
     }
 
-    /// Steps over the columns, of which each block of a cluster takes its share: the metadata is padded to whole blocks.
-    pub const fn steps(k: i64) -> i64 {
-        ceil_div(k, BLOCK_COLS) * (BLOCK_COLS / Self::STEP_COLS)
+    /// Threads of a block; in the sm90 family one more warp fills the pipeline.
+    pub const fn threads(&self) -> u32 {
+        match self.family {
+            Family::Sm80 => 32 * Self::WARPS,
+            Family::Sm90 => 32 * (Self::WARPS + 1),
+        }
+    }
+
+    /// Pipeline stages of the sm90 family: what lets two blocks share a multiprocessor, three without a branch.
+    const fn stages(&self) -> i64 {
+        if self.capacity == 64 { 3 } else { 4 }
     }
 
     /// Dynamic shared memory of a block.
@@ -104,8 +118,8 @@ impl SparsifyKernel {
         match self.family {
             // The warps divide the columns: of each an f32 tile of rows × capacity.
             Family::Sm80 => Self::WARPS * (self.rows() * self.capacity) as u32 * size_of::<f32>() as u32,
-            // The stages. The partial branches take their place at the end.
-            Family::Sm90 => (Self::STAGES * self.capacity * Self::STEP_COLS) as u32 * 2,
+            // The stages: x and `comp_down`. The partial branches take their place at the end.
+            Family::Sm90 => (self.stages() * Self::STAGE_UNITS * Self::UNIT_COLS * (self.rows() + self.capacity)) as u32 * 2,
         }
     }
 }
@@ -133,8 +147,6 @@ pub struct Tile {
     pub threads: u32,
     /// Depth of the shared-memory pipeline.
     pub stages: u32,
-    /// Shared memory of a block besides its pipeline, in bytes: where it stages the output, and its barriers.
-    pub epilogue_bytes: i64,
     /// Whether a block goes on to further tiles, so that no more blocks are launched than there are multiprocessors.
     pub persistent: bool,
     /// Nanoseconds of one pipeline stage of one tile, see [`TILES`].
@@ -154,7 +166,11 @@ impl Tile {
 
     /// Dynamic shared memory of a block.
     pub const fn shared_bytes(&self) -> i64 {
-        self.stages as i64 * self.stage_bytes() + self.epilogue_bytes
+        let barriers = match self.family {
+            Family::Sm80 => 0,
+            Family::Sm90 => 2 * 8, // a full and an empty one
+        };
+        self.stages as i64 * (self.stage_bytes() + barriers)
     }
 }
 
@@ -165,37 +181,27 @@ impl fmt::Display for Tile {
     }
 }
 
-/// The tile table, from large to small: on equal cost dispatch takes the first.
+/// The tile table: on equal cost dispatch takes the first.
 ///
 /// The times only rank tiles against each other. They are a tile's share of a busy multiprocessor of an H200: where several blocks are
 /// resident, the time of all divided by their number. Measured with a branch of rank 64:
-/// - sm90 256x192: 650 ns a step and 3.7 us a tile, from K = 3072 and K = 12288 with N = 12288 and 3072 at M = 4608.
+/// - sm90: a tile by its output elements, from the 8200 clocks that 256x192 takes at 1.6 GHz (read inside the kernel); a step from the time of whole
+///   GEMMs, 4096 to 8192 tokens.
 /// - sm80 128x128: 384 TFLOP/s (2MNK a second) on large problems, which is 720 ns a step with the tile's share in it. At K = 3072 that is
-///   680 and 2000 ns, if the tile takes as long per output element as on sm90.
-///
-/// The smaller tiles are not measured but scaled from 128x128: a step by the sum of the clocks of tensor cores (`bm · bn / 32`) and shared
-/// memory (`3 · stage bytes / 128`), a tile by its output elements.
-pub const TILES: [Tile; 4] = [
-    Tile {
-        family: Family::Sm90,
-        bm: 256,
-        bn: 192,
-        threads: 384,
-        stages: 5,
-        // Of each of two warpgroups 64 rows of 96 padded columns; a full and an empty barrier a stage.
-        epilogue_bytes: 2 * 64 * (96 * 2 + 16) + 5 * 2 * 8,
-        persistent: true,
-        step_ns: 650,
-        tile_ns: 3700,
-    },
+///   680 and 2000 ns, if the tile takes as long per output element as on sm90. The smaller tiles are scaled from it: a step by the sum of the clocks
+///   of tensor cores (`bm · bn / 32`) and shared memory (`3 · stage bytes / 128`), a tile by its output elements.
+pub const TILES: [Tile; 6] = [
+    Tile { bn: 192, stages: 5, step_ns: 640, tile_ns: 5200, ..SM90 },
+    Tile { bn: 168, stages: 6, step_ns: 610, tile_ns: 4550, ..SM90 },
+    Tile { bn: 144, stages: 6, step_ns: 560, tile_ns: 3900, ..SM90 },
     Tile { bm: 128, bn: 128, step_ns: 680, tile_ns: 2000, ..SM80 },
     Tile { bm: 128, bn: 64, step_ns: 400, tile_ns: 1000, ..SM80 },
     Tile { bm: 64, bn: 64, step_ns: 260, tile_ns: 500, ..SM80 },
 ];
 
-/// What the tiles of this family have in common.
-const SM80: Tile =
-    Tile { family: Family::Sm80, bm: 0, bn: 0, threads: 128, stages: 4, epilogue_bytes: 0, persistent: false, step_ns: 0, tile_ns: 0 };
+/// What the tiles of a family have in common.
+const SM80: Tile = Tile { family: Family::Sm80, bm: 0, bn: 0, threads: 128, stages: 4, persistent: false, step_ns: 0, tile_ns: 0 };
+const SM90: Tile = Tile { family: Family::Sm90, bm: 256, bn: 0, threads: 384, stages: 0, persistent: true, step_ns: 0, tile_ns: 0 };
 
 /// `spmm_{family}_{dtype}_{tile}`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -219,6 +225,103 @@ impl fmt::Display for SpmmKernel {
     }
 }
 
+/// One row of the tile table of the fused kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FusedTile {
+    /// Output rows of a block.
+    pub bm: i64,
+    /// Output columns of a block.
+    pub bn: i64,
+    /// Depth of the shared-memory pipeline.
+    pub stages: u32,
+    /// As in [`Tile`].
+    pub step_ns: i64,
+    /// As in [`Tile`].
+    pub tile_ns: i64,
+}
+
+impl FusedTile {
+    /// Threads of a block.
+    pub const THREADS: u32 = 128;
+
+    /// Dynamic shared memory of a block: stages of dense activations and weights, 2 bytes an element.
+    pub const fn shared_bytes(&self) -> i64 {
+        self.stages as i64 * (self.bm + self.bn) * Tile::BK * 2
+    }
+}
+
+/// `128x64x64_s3`
+impl fmt::Display for FusedTile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}_s{}", self.bm, self.bn, Tile::BK, self.stages)
+    }
+}
+
+/// From large to small: on equal cost the plan takes the first.
+///
+/// Not measured. A step is counted in the machine code for Hopper: the clocks of what binds, shared memory or integer and logic instructions
+/// (the header of the kernel has the count), at 1.7 GHz. What a tile takes besides is as for the sparse GEMM.
+pub const FUSED_TILES: [FusedTile; 3] = [
+    FusedTile { bm: 128, bn: 128, stages: 3, step_ns: 535, tile_ns: 2000 },
+    FusedTile { bm: 128, bn: 64, stages: 3, step_ns: 480, tile_ns: 1000 },
+    FusedTile { bm: 64, bn: 64, stages: 4, step_ns: 270, tile_ns: 500 },
+];
+
+/// `fused_sm80_{dtype}_{tile}`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FusedKernel {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Its row of the tile table.
+    pub tile: FusedTile,
+}
+
+impl FusedKernel {
+    /// Every kernel of the tile table.
+    pub fn all() -> impl Iterator<Item = Self> {
+        FUSED_TILES.into_iter().flat_map(|tile| Dtype::ALL.map(|dtype| Self { dtype, tile }))
+    }
+}
+
+impl fmt::Display for FusedKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "fused_{}_{}_{}", Family::Sm80, self.dtype, self.tile)
+    }
+}
+
+/// `probe_sm90_{dense|sparse}_{ss|rs}`: which instruction, and whether it reads A from shared memory (ss) or from registers (rs).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProbeKernel {
+    /// `wgmma.sp` rather than `wgmma`.
+    pub sparse: bool,
+    /// A in registers.
+    pub from_registers: bool,
+}
+
+impl ProbeKernel {
+    /// Threads of a block.
+    pub const THREADS: u32 = 256;
+
+    /// Every probe.
+    pub fn all() -> impl Iterator<Item = Self> {
+        [false, true].into_iter().flat_map(|sparse| [false, true].map(|from_registers| Self { sparse, from_registers }))
+    }
+
+    /// Dynamic shared memory of a block: 256 rows of A, of which a sparse one stores half, and 192 of W, for 64 columns of 2 bytes.
+    pub const fn shared_bytes(&self) -> u32 {
+        let a = 256 * 64 * 2;
+        (if self.sparse { a / 2 } else { a }) + 192 * 64 * 2
+    }
+}
+
+impl fmt::Display for ProbeKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let instruction = if self.sparse { "sparse" } else { "dense" };
+        let operands = if self.from_registers { "rs" } else { "ss" };
+        write!(f, "probe_sm90_{instruction}_{operands}")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,17 +332,17 @@ mod tests {
         assert_eq!(sparsify(Family::Sm80), "sparsify_bf16_r64");
         assert_eq!(sparsify(Family::Sm90), "sparsify_sm90_bf16_r64");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
-        assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[2] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
+        assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[4] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
         assert_eq!(SparsifyKernel::all().count(), 16);
-        assert_eq!(SpmmKernel::all().count(), 8);
+        assert_eq!(SpmmKernel::all().count(), 12);
     }
 
     #[test]
     fn shared_memory_is_what_the_kernels_lay_out() {
-        assert_eq!(TILES.map(|tile| tile.shared_bytes()), [231504, 98304, 65536, 49152]);
+        assert_eq!(TILES.map(|tile| tile.shared_bytes()), [204880, 227424, 208992, 98304, 65536, 49152]);
         let sparsify =
             |family| SparsifyKernel::CAPACITIES.map(|capacity| SparsifyKernel { family, dtype: Dtype::F16, capacity }.shared_bytes());
         assert_eq!(sparsify(Family::Sm80), [0, 8192, 16384, 32768]);
-        assert_eq!(sparsify(Family::Sm90), [0, 12288, 24576, 49152]);
+        assert_eq!(sparsify(Family::Sm90), [65536, 81920, 98304, 98304]);
     }
 }

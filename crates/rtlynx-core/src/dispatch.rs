@@ -2,7 +2,7 @@
 
 use crate::config::{Family, Launch, SparsifyKernel, SpmmKernel, TILES, Tile};
 use crate::error::{Error, Result};
-use crate::format::{ceil_div, padded_rows};
+use crate::format::{BLOCK_COLS, ceil_div, padded_rows};
 use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparsifyProblem};
 
 /// What dispatch needs to know of a GPU.
@@ -47,7 +47,7 @@ impl Arch {
         self.has(tile.family) && tile.shared_bytes() <= self.shared_bytes
     }
 
-    fn require_sparse_tensor_cores(&self, op: &'static str) -> Result<()> {
+    pub(crate) fn require_sparse_tensor_cores(&self, op: &'static str) -> Result<()> {
         if self.capability >= (8, 0) { Ok(()) } else { Err(Error::UnsupportedArch { op, capability: self.capability }) }
     }
 }
@@ -66,41 +66,73 @@ pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(Sparsify
     let rank_blocks = if problem.rank > 0 { ceil_div(problem.rank, capacity) } else { 1 };
     let cluster = match family {
         Family::Sm80 => 1,
-        Family::Sm90 => cluster(arch, row_blocks, SparsifyKernel::steps(problem.k), problem.rank > 0),
+        Family::Sm90 => cluster(arch, row_blocks, ceil_div(problem.k, BLOCK_COLS)),
     };
     let launch = Launch {
         blocks: ((row_blocks * cluster) as u32, rank_blocks as u32),
         cluster: cluster as u32,
-        threads: SparsifyKernel::THREADS,
+        threads: kernel.threads(),
         shared_bytes: kernel.shared_bytes(),
+        overlaps: false,
     };
     Ok((kernel, launch))
 }
 
-/// Blocks of a cluster, which share the columns of 64 rows. `steps` is how often the columns can be shared out.
+/// Blocks of a cluster, which share the columns of 64 rows: as many as are estimated to take least time. `column_blocks` is how often the columns can
+/// be shared out.
+fn cluster(arch: &Arch, row_blocks: i64, column_blocks: i64) -> i64 {
+    let sizes = 1..=SparsifyKernel::MAX_CLUSTER.min(column_blocks);
+    sizes.min_by_key(|&size| estimated_select_ns(arch, row_blocks, column_blocks, size)).expect("a row has columns")
+}
+
+/// Estimated time of `sparsify_sm90` in clusters of this size on an H200 (docs/kernels.md).
 ///
-/// With a branch, as many as fit with one block to a multiprocessor, if that is at least two; else as many as fit with two. Without one, always
-/// the latter. Measured on an H200 with rank 64 (docs/kernels.md): with 64 blocks of rows a cluster of 2 is fastest, with 72 of 3, with 128 of 2.
-fn cluster(arch: &Arch, row_blocks: i64, steps: i64, with_branch: bool) -> i64 {
-    let alone = arch.sms / row_blocks;
-    let wanted = if with_branch && alone >= 2 { alone } else { 2 * arch.sms / row_blocks };
-    wanted.clamp(1, SparsifyKernel::MAX_CLUSTER.min(steps))
+/// A block needs 1.1 us for a stage of 64 rows and 128 columns when it has a multiprocessor for itself, and two together need 2 us; more wait for the
+/// next wave. Clusters of more than two do not find room on every multiprocessor. What a cluster costs besides, its blocks' sums, grows with it.
+pub(crate) fn estimated_select_ns(arch: &Arch, row_blocks: i64, column_blocks: i64, cluster: i64) -> i64 {
+    const WAVE_NS: i64 = 7000; // besides its stages
+    const BLOCK_NS: i64 = 1000; // of a cluster
+    const STAGES_OF_A_COLUMN_BLOCK: i64 = 2;
+    let stages = STAGES_OF_A_COLUMN_BLOCK * ceil_div(column_blocks, cluster);
+    let places = (if cluster > 2 { arch.sms * 10 / 11 } else { arch.sms }).max(1);
+    let blocks = row_blocks * cluster;
+    let waves = ceil_div(blocks, 2 * places) - 1; // before the last
+    let stage_ns = if blocks - waves * 2 * places > places { 2000 } else { 1100 };
+    BLOCK_NS * cluster + waves * (WAVE_NS + stages * 2000) + WAVE_NS + stages * stage_ns
+}
+
+/// The GEMM kernels that can run a problem, in the order of the tile table.
+pub fn candidates(arch: &Arch, problem: &SparseLinearProblem) -> Result<impl Iterator<Item = (SpmmKernel, Launch)>> {
+    problem.validate()?;
+    arch.require_sparse_tensor_cores(SPARSE_LINEAR)?;
+    Ok(TILES.into_iter().filter_map(move |tile| {
+        let tiles = tiles(&tile, problem);
+        let blocks = if tile.persistent { tiles.min(arch.sms.max(1)) } else { tiles };
+        let launch = Launch {
+            blocks: (blocks as u32, 1),
+            cluster: 1,
+            threads: tile.threads,
+            shared_bytes: tile.shared_bytes() as u32,
+            overlaps: tile.family == Family::Sm90,
+        };
+        // The kernels number their tiles with 32 bits.
+        (arch.runs(&tile) && tiles <= i32::MAX.into()).then_some((SpmmKernel { dtype: problem.dtype, tile }, launch))
+    }))
 }
 
 /// The GEMM kernel of least estimated time.
 pub fn plan_sparse_linear(arch: &Arch, problem: &SparseLinearProblem) -> Result<(SpmmKernel, Launch)> {
-    problem.validate()?;
-    arch.require_sparse_tensor_cores(SPARSE_LINEAR)?;
-    let candidates = TILES.into_iter().filter(|tile| arch.runs(tile));
-    let tile = candidates.min_by_key(|tile| estimated_ns(arch, tile, problem)).expect("the smallest tile fits every GPU from 8.0 on");
-    let tiles = tiles(&tile, problem);
-    if tiles > i32::MAX.into() {
+    // The smallest tile fits every GPU from 8.0 on, so that only the number of tiles can leave no candidate.
+    candidates(arch, problem)?.min_by_key(|(kernel, _)| estimated_ns(arch, &kernel.tile, problem)).ok_or_else(|| {
         let got = format!("{} rows of {} outputs", problem.m, problem.n);
-        return Err(Error::invalid(SPARSE_LINEAR, "m", got, "fewer than 2^31 output tiles"));
-    }
-    let blocks = if tile.persistent { tiles.min(arch.sms.max(1)) } else { tiles };
-    let launch = Launch { blocks: (blocks as u32, 1), cluster: 1, threads: tile.threads, shared_bytes: tile.shared_bytes() as u32 };
-    Ok((SpmmKernel { dtype: problem.dtype, tile }, launch))
+        Error::invalid(SPARSE_LINEAR, "m", got, "fewer than 2^31 output tiles")
+    })
+}
+
+/// Estimated time of the GEMM that [`plan_sparse_linear`] chooses, which problem and GPU must allow.
+pub(crate) fn estimated_gemm_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
+    let (kernel, _) = plan_sparse_linear(arch, problem)?;
+    Ok(estimated_ns(arch, &kernel.tile, problem))
 }
 
 /// Output tiles of a problem.
@@ -163,6 +195,25 @@ mod tests {
     }
 
     #[test]
+    fn every_tile_of_the_gpu_is_a_candidate_and_the_plan_is_one() {
+        for problem in [linear(1, 8, 64), linear(512, 3072, 3072), linear(8192, 8192, 12288)] {
+            for (arch, expected) in [(h200(), &TILES[..]), (ampere(), &TILES[3..]), (h200().portable(), &TILES[3..])] {
+                let found: Vec<_> = candidates(&arch, &problem).unwrap().collect();
+                assert_eq!(found.iter().map(|(kernel, _)| kernel.tile).collect::<Vec<_>>(), expected);
+                assert!(found.contains(&plan_sparse_linear(&arch, &problem).unwrap()));
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_too_small_to_be_numbered_are_no_candidates() {
+        // 2^31 + 2^16 tiles of 64 x 64, half and a quarter as many of the larger ones.
+        let problem = linear((1 << 22) + 128, 1 << 21, 64);
+        let tiles: Vec<_> = candidates(&ampere(), &problem).unwrap().map(|(kernel, _)| kernel.tile).collect();
+        assert_eq!(tiles, TILES[3..5]);
+    }
+
+    #[test]
     fn a_portable_hopper_runs_what_ampere_runs() {
         let (kernel, launch) = plan_sparsify(&h200().portable(), &sparsify(4608, 64)).unwrap();
         assert_eq!((kernel.family, launch.cluster), (Family::Sm80, 1));
@@ -174,11 +225,11 @@ mod tests {
     #[test]
     fn the_estimate_is_that_of_the_busiest_multiprocessor() {
         let ns = |tile: usize, problem| estimated_ns(&h200(), &TILES[tile], &problem);
-        assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 650 + 3700);
-        assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 650 + 3700);
-        assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 650 + 3700));
-        assert_eq!(ns(3, linear(65, 64, 64)), 260 + 500);
-        assert_eq!(ns(1, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
+        assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 640 + 5200);
+        assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 640 + 5200);
+        assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 640 + 5200));
+        assert_eq!(ns(5, linear(65, 64, 64)), 260 + 500);
+        assert_eq!(ns(3, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
     }
 
     #[test]
@@ -197,8 +248,8 @@ mod tests {
     #[test]
     fn persistent_blocks_fill_the_gpu_once() {
         let blocks = |m, n| plan_sparse_linear(&h200(), &linear(m, n, 3072)).unwrap().1;
-        assert_eq!(blocks(4608, 12288), Launch { blocks: (132, 1), cluster: 1, threads: 384, shared_bytes: 231504 });
-        assert_eq!(blocks(1024, 3072).blocks, (4 * 16, 1));
+        assert_eq!(blocks(4608, 12288), Launch { blocks: (132, 1), cluster: 1, threads: 384, shared_bytes: 204880, overlaps: true });
+        assert_eq!(blocks(1024, 3072).blocks, (4 * 22, 1));
     }
 
     #[test]
@@ -209,8 +260,8 @@ mod tests {
             assert!(kernel.tile.shared_bytes() <= shared_bytes, "{kernel}");
         }
         let fitting = |capability| TILES.map(|tile| Arch::from_capability(capability, 100).runs(&tile));
-        assert_eq!(fitting((8, 9)), [false, true, true, true]);
-        assert_eq!(fitting((9, 0)), [true; 4]);
+        assert_eq!(fitting((8, 9)), [false, false, false, true, true, true]);
+        assert_eq!(fitting((9, 0)), [true; 6]);
     }
 
     #[test]
@@ -236,7 +287,7 @@ mod tests {
 
     #[test]
     fn ranks_above_the_largest_capacity_are_split_over_blocks() {
-        for (arch, x) in [(ampere(), 4), (h200(), 8)] {
+        for (arch, x) in [(ampere(), 4), (h200(), 6)] {
             let blocks = |rank| plan_sparsify(&arch, &sparsify(64, rank)).unwrap().1.blocks;
             assert_eq!([0, 16, 48, 64, 80, 128].map(blocks), [(x, 1), (x, 1), (x, 1), (x, 1), (x, 2), (x, 2)]);
         }
@@ -246,25 +297,25 @@ mod tests {
     fn sparsify_in_clusters_runs_on_hopper_only() {
         for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (9, 1), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)] {
             let (kernel, launch) = plan_sparsify(&Arch::from_capability(capability, 132), &sparsify(512, 64)).unwrap();
-            let expected = if capability == (9, 0) { ("sparsify_sm90_f16_r64", 8) } else { ("sparsify_f16_r64", 1) };
+            let expected = if capability == (9, 0) { ("sparsify_sm90_f16_r64", 6) } else { ("sparsify_f16_r64", 1) };
             assert_eq!((kernel.to_string().as_str(), launch.cluster), expected, "{capability:?}");
         }
     }
 
+    /// The sizes that were fastest when measured on an H200, or within 5 % of it.
     #[test]
-    fn clusters_fill_the_gpu() {
-        let launch = |m| plan_sparsify(&h200(), &sparsify(m, 64)).unwrap().1;
-        let clusters = [1, 512, 4096, 4608, 8192, 20000].map(|m| (launch(m).blocks.0, launch(m).cluster));
-        assert_eq!(clusters, [(8, 8), (64, 8), (128, 2), (216, 3), (256, 2), (313, 1)]);
-        let without_branch = plan_sparsify(&h200(), &sparsify(4096, 0)).unwrap().1;
-        assert_eq!((without_branch.blocks.0, without_branch.cluster), (256, 4));
-        assert_eq!(launch(4608), Launch { blocks: (216, 1), cluster: 3, threads: 256, shared_bytes: 49152 });
+    fn clusters_are_as_large_as_is_fastest() {
+        let launch = |m, k| plan_sparsify(&h200(), &SparsifyProblem { k, ldx: k, ..sparsify(m, 64) }).unwrap().1;
+        let cluster = |(m, k)| launch(m, k).cluster;
+        assert_eq!([(4096, 3072), (4608, 3072), (4608, 12288), (4224, 3840), (8192, 12288)].map(cluster), [2, 3, 3, 2, 2]);
+        assert_eq!([(512, 3072), (512, 12288), (2048, 3072)].map(cluster), [6, 8, 3]);
+        assert_eq!(launch(4608, 3072), Launch { blocks: (216, 1), cluster: 3, threads: 288, shared_bytes: 98304, overlaps: false });
     }
 
     #[test]
-    fn every_block_of_a_cluster_has_a_step() {
+    fn every_block_of_a_cluster_has_columns() {
         let cluster = |k| plan_sparsify(&h200(), &SparsifyProblem { k, ldx: k, ..sparsify(1, 64) }).unwrap().1.cluster;
-        assert_eq!([64, 256, 320, 768, 832, 3072].map(cluster), [2, 2, 4, 6, 8, 8]);
+        assert_eq!([64, 256, 320, 768, 832, 3072].map(cluster), [1, 1, 2, 3, 4, 6]);
     }
 
     #[test]

@@ -35,10 +35,17 @@ pub fn nvcc_version() -> Option<&'static str> {
     NVCC
 }
 
-/// Targets of the embedded device code, machine code before PTX of the same architecture.
+/// Targets of the embedded device code, by architecture, machine code before PTX of the same one.
 pub fn targets() -> Vec<&'static str> {
-    let mut seen = BTreeSet::new();
-    IMAGES.iter().flat_map(|image| image.targets).copied().filter(|target| seen.insert(*target)).collect()
+    let all: BTreeSet<&str> = IMAGES.iter().flat_map(|image| image.targets).copied().collect();
+    let mut targets: Vec<&str> = all.into_iter().collect();
+    targets.sort_by_key(|target| (architecture(target), !target.starts_with("sm_")));
+    targets
+}
+
+/// 90 of `sm_90a` and of `compute_90`.
+fn architecture(target: &str) -> Option<u32> {
+    target.split_once('_')?.1.trim_end_matches(char::is_alphabetic).parse().ok()
 }
 
 /// Symbols of every embedded kernel.
@@ -131,19 +138,20 @@ fn no_device_code(symbol: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{SparsifyKernel, SpmmKernel};
+    use crate::config::{FusedKernel, ProbeKernel, SparsifyKernel, SpmmKernel};
 
     #[test]
-    fn every_kernel_that_dispatch_can_name_is_embedded() {
+    fn what_is_embedded_is_what_is_launched() {
         if nvcc_version().is_none() {
             eprintln!("skipped: built with RTLYNX_NO_DEVICE_CODE=1");
             return;
         }
         let embedded: BTreeSet<&str> = symbols().collect();
-        let planned: BTreeSet<String> =
-            SparsifyKernel::all().map(|kernel| kernel.to_string()).chain(SpmmKernel::all().map(|kernel| kernel.to_string())).collect();
-        let planned: BTreeSet<&str> = planned.iter().map(String::as_str).collect();
-        assert_eq!(embedded, planned, "left: embedded device code, right: crates/rtlynx-core/src/config.rs");
+        let ops = SparsifyKernel::all().map(Kernel::Sparsify).chain(SpmmKernel::all().map(Kernel::Spmm));
+        let ops = ops.chain(FusedKernel::all().map(Kernel::Fused));
+        let named: BTreeSet<String> = ops.chain(ProbeKernel::all().map(Kernel::Probe)).map(|kernel| kernel.to_string()).collect();
+        let named: BTreeSet<&str> = named.iter().map(String::as_str).collect();
+        assert_eq!(embedded, named, "left: embedded device code, right: crates/rtlynx-core/src/config.rs");
     }
 
     #[test]

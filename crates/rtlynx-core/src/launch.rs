@@ -5,14 +5,15 @@ use std::ptr;
 
 use cudarc::driver::sys;
 
-use crate::config::{Family, Kernel, Launch, Tile};
+use crate::config::{Family, Kernel, Launch, SparsifyKernel, Tile};
 use crate::device::{self, Current, check};
 use crate::dispatch;
 use crate::error::Result;
 use crate::kernels;
-use crate::params::{SparsifyParams, SpmmParams, SpmmSm90Params};
+use crate::params::{SparsifyParams, SparsifySm90Params, SpmmParams, SpmmSm90Params};
 use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
-use crate::tensor_map::{self, SpmmMaps, TensorMap};
+use crate::tensor_map::{self, SparsifyMaps, SpmmMaps, TensorMap};
+use crate::tuned;
 
 /// Where an operation runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,17 @@ pub unsafe fn sparsify(place: Place, problem: &SparsifyProblem, tensors: &Sparsi
     }
     tensors.validate(problem)?;
     let (kernel, launch) = dispatch::plan_sparsify(&device::arch(SPARSIFY, place.device)?, problem)?;
-    let params = SparsifyParams {
+    let kernel_name = Kernel::Sparsify(kernel);
+    match kernel.family {
+        // SAFETY: these are the parameters of the family's kernels; the caller vouches for what they point to.
+        Family::Sm80 => unsafe { enqueue(place, kernel_name, launch, || Ok(sparsify_params(problem, tensors))) },
+        // SAFETY: as above.
+        Family::Sm90 => unsafe { enqueue(place, kernel_name, launch, || sparsify_sm90_params(&kernel, problem, tensors)) },
+    }
+}
+
+fn sparsify_params(problem: &SparsifyProblem, tensors: &SparsifyTensors) -> SparsifyParams {
+    SparsifyParams {
         x: tensors.x,
         score: tensors.score,
         shift: tensors.shift,
@@ -51,9 +62,30 @@ pub unsafe fn sparsify(place: Place, problem: &SparsifyProblem, tensors: &Sparsi
         rank: problem.rank as i32,
         branch_of_dropped: problem.branch_of_dropped.into(),
         eps: problem.eps,
-    };
-    // SAFETY: these are the parameters of every sparsify kernel; the caller vouches for what they point to.
-    unsafe { enqueue(place, Kernel::Sparsify(kernel), launch, || Ok(params)) }
+    }
+}
+
+fn sparsify_sm90_params(kernel: &SparsifyKernel, problem: &SparsifyProblem, tensors: &SparsifyTensors) -> Result<SparsifySm90Params> {
+    let maps = SparsifyMaps::new(kernel, problem, tensors);
+    Ok(SparsifySm90Params {
+        x: maps.x.encode()?,
+        comp_down: encoded(maps.comp_down)?,
+        score: tensors.score,
+        shift: tensors.shift,
+        values: tensors.values,
+        metadata: tensors.metadata,
+        row_scale: tensors.row_scale,
+        branch: tensors.branch,
+        m: problem.m as i32,
+        k: problem.k as i32,
+        rank: problem.rank as i32,
+        branch_of_dropped: problem.branch_of_dropped.into(),
+        eps: problem.eps,
+    })
+}
+
+fn encoded(map: Option<TensorMap>) -> Result<sys::CUtensorMap> {
+    map.map_or(Ok(tensor_map::UNUSED), |map| map.encode())
 }
 
 /// Multiplies a compressed activation with a dense weight on the GPU. Returns once the kernel is enqueued; nothing is launched on an
@@ -69,7 +101,7 @@ pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, tensors
         return Ok(());
     }
     tensors.validate(problem)?;
-    let (kernel, launch) = dispatch::plan_sparse_linear(&device::arch(SPARSE_LINEAR, place.device)?, problem)?;
+    let (kernel, launch) = tuned::plan_sparse_linear(place.device, &device::arch(SPARSE_LINEAR, place.device)?, problem)?;
     match kernel.tile.family {
         // SAFETY: these are the parameters of the family's kernels; the caller vouches for what they point to.
         Family::Sm80 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || Ok(spmm_params(problem, tensors))) },
@@ -97,7 +129,6 @@ fn spmm_params(problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> 
 
 fn spmm_sm90_params(tile: &Tile, problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> Result<SpmmSm90Params> {
     let maps = SpmmMaps::new(tile, problem, tensors);
-    let encoded = |map: Option<TensorMap>| map.map_or(Ok(tensor_map::UNUSED), |map| map.encode());
     Ok(SpmmSm90Params {
         values: maps.values.encode()?,
         weight: maps.weight.encode()?,
@@ -121,13 +152,22 @@ fn spmm_sm90_params(tile: &Tile, problem: &SparseLinearProblem, tensors: &Sparse
 ///
 /// `params` must make the one struct that `kernel` takes, and what it points to must be as that kernel expects. `place.device` must have
 /// passed [`device::device`].
-unsafe fn enqueue<P: Copy>(place: Place, kernel: Kernel, launch: Launch, params: impl FnOnce() -> Result<P>) -> Result<()> {
+pub(crate) unsafe fn enqueue<P: Copy>(place: Place, kernel: Kernel, launch: Launch, params: impl FnOnce() -> Result<P>) -> Result<()> {
     let _current = Current::enter(place.device)?;
     let function = kernels::function(place.device, kernel, launch.shared_bytes)?;
     let stream = ptr::without_provenance_mut::<sys::CUstream_st>(place.stream as usize);
     let mut params = params()?;
     let mut arguments = [ptr::from_mut(&mut params).cast::<c_void>()];
-    let mut cluster = cluster_of(launch.cluster);
+    // GPUs that know neither clusters nor overlap are asked for neither.
+    let (mut attributes, mut count) = ([cluster_of(1); 2], 0);
+    if launch.cluster > 1 {
+        attributes[count] = cluster_of(launch.cluster);
+        count += 1;
+    }
+    if launch.overlaps {
+        attributes[count] = overlapping();
+        count += 1;
+    }
     let config = sys::CUlaunchConfig {
         gridDimX: launch.blocks.0,
         gridDimY: launch.blocks.1,
@@ -137,11 +177,10 @@ unsafe fn enqueue<P: Copy>(place: Place, kernel: Kernel, launch: Launch, params:
         blockDimZ: 1,
         sharedMemBytes: launch.shared_bytes,
         hStream: stream,
-        attrs: &raw mut cluster,
-        // GPUs without clusters need not be asked for a cluster of one.
-        numAttrs: (launch.cluster > 1).into(),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: count as u32,
     };
-    // SAFETY: the function belongs to the current context; the driver copies the parameters and the attribute before it returns; the rest
+    // SAFETY: the function belongs to the current context; the driver copies the parameters and the attributes before it returns; the rest
     // is the caller's promise.
     let status = unsafe { sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), ptr::null_mut()) };
     check("cuLaunchKernelEx", status)
@@ -152,6 +191,13 @@ fn cluster_of(blocks: u32) -> sys::CUlaunchAttribute {
     let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
     value.clusterDim = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
     sys::CUlaunchAttribute { id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, pad: [0; 4], value }
+}
+
+/// The launch attribute that lets a kernel start while the one before it in the stream still runs, once all blocks of that one allow it.
+fn overlapping() -> sys::CUlaunchAttribute {
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    value.programmaticStreamSerializationAllowed = 1;
+    sys::CUlaunchAttribute { id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, pad: [0; 4], value }
 }
 
 #[cfg(test)]

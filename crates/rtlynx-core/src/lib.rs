@@ -4,10 +4,14 @@
 //!
 //! | module | role |
 //! | --- | --- |
+//! | [`probe`] | for the benches: what the tensor cores give when nothing has to be loaded |
+//! | [`fused`] | the two operations in one kernel: its problem, plan and launch |
 //! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernelEx` |
 //! | [`kernels`] | the embedded device code and a lazy cache of loaded functions |
+//! | [`tuned`] | which kernels were measured fastest for which problems: they go before what dispatch estimates |
 //! | [`tensor_map`] | what the copy engine of Hopper is told of a matrix: pure arguments, and their encoding by the driver |
 //! | [`device`] | the driver: present or not, its version, its devices, the primary context |
+//! | [`break_even`] | pure: from how many tokens on a sparse layer is faster than a dense one |
 //! | [`dispatch`] | pure: (architecture, problem) → kernel and launch geometry |
 //! | [`config`] | the kernels there are, as data: names, tiles, resources |
 //! | [`params`] | the struct each kernel takes, twin of `cuda/include/rtlynx/params.cuh` |
@@ -15,16 +19,20 @@
 //! | [`format`](mod@format) | constants and sizes of the compressed format, twin of `cuda/include/rtlynx/format.cuh` |
 //! | [`error`] | everything that can go wrong |
 
+pub mod break_even;
 pub mod config;
 pub mod device;
 pub mod dispatch;
 pub mod error;
 pub mod format;
+pub mod fused;
 pub mod kernels;
 pub mod launch;
 pub mod params;
+pub mod probe;
 pub mod problem;
 pub mod tensor_map;
+pub mod tuned;
 
 #[cfg(test)]
 mod header;

@@ -5,7 +5,7 @@ use cudarc::driver::sys::CUtensorMap;
 /// An address in device memory; 0 is the null pointer.
 pub type Address = u64;
 
-/// What the `sparsify_*` kernels take.
+/// What the `sparsify_*` kernels of the portable family take.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SparsifyParams {
@@ -15,7 +15,7 @@ pub struct SparsifyParams {
     pub score: Address,
     /// `[k]` f32 subtracted from x first, or null
     pub shift: Address,
-    /// `[rank, k]`, or null when rank is 0
+    /// `[k, rank]`, or null when rank is 0
     pub comp_down: Address,
     /// `[m, k / 2]` out
     pub values: Address,
@@ -32,6 +32,38 @@ pub struct SparsifyParams {
     /// channels
     pub k: i32,
     /// at most the kernel's rank capacity
+    pub rank: i32,
+    /// 1: the branch reads what selection dropped, 0: the whole of x
+    pub branch_of_dropped: i32,
+    /// of the row scale
+    pub eps: f32,
+}
+
+/// What the `sparsify_sm90_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SparsifySm90Params {
+    /// `[m, k]`
+    pub x: CUtensorMap,
+    /// `[k, rank]`; not read when rank is 0
+    pub comp_down: CUtensorMap,
+    /// `[k]` f32 factor on the magnitudes that selection compares, or null
+    pub score: Address,
+    /// `[k]` f32 subtracted from x first, or null
+    pub shift: Address,
+    /// `[m, k / 2]` out
+    pub values: Address,
+    /// metadata words out
+    pub metadata: Address,
+    /// `[m]` f32 out, or null: no norm compensation
+    pub row_scale: Address,
+    /// `[m, rank]` out, or null when rank is 0
+    pub branch: Address,
+    /// tokens
+    pub m: i32,
+    /// channels
+    pub k: i32,
+    /// branch rank
     pub rank: i32,
     /// 1: the branch reads what selection dropped, 0: the whole of x
     pub branch_of_dropped: i32,
@@ -99,6 +131,64 @@ pub struct SpmmSm90Params {
     pub rank: i32,
 }
 
+/// What the `fused_sm80_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct FusedParams {
+    /// `[m, k]`, rows `ldx` elements apart
+    pub x: Address,
+    /// `[k]` f32 factor on the magnitudes that selection compares, or null
+    pub score: Address,
+    /// `[k]` f32 subtracted from x first, or null
+    pub shift: Address,
+    /// `[k, rank]`, or null when rank is 0
+    pub comp_down: Address,
+    /// `[n, k]`
+    pub weight: Address,
+    /// `[n, rank]`, or null when rank is 0
+    pub comp_up: Address,
+    /// `[n]`, or null
+    pub bias: Address,
+    /// `[m, rank]` scratch, or null when rank is 0
+    pub branch: Address,
+    /// counters, zeros, or null when rank is 0
+    pub progress: Address,
+    /// `[m, n]` out
+    pub out: Address,
+    /// elements between rows of x
+    pub ldx: i32,
+    /// tokens
+    pub m: i32,
+    /// output channels
+    pub n: i32,
+    /// input channels
+    pub k: i32,
+    /// branch rank
+    pub rank: i32,
+    /// 1: the branch reads what selection dropped, 0: the whole of x
+    pub branch_of_dropped: i32,
+    /// 1: rows are scaled, 0: they are not
+    pub norm_compensation: i32,
+    /// of the row scale
+    pub eps: f32,
+}
+
+/// What the `probe_sm90_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ProbeParams {
+    /// A and W as shared memory holds them
+    pub data: Address,
+    /// metadata words of 256 rows; not read by dense probes
+    pub metadata: Address,
+    /// `[blocks, 256]` f32 out
+    pub sums: Address,
+    /// `[blocks, 256]` i64 out
+    pub cycles: Address,
+    /// of 64 dense columns
+    pub steps: i32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,9 +219,9 @@ mod tests {
 
     #[test]
     fn structs_are_those_of_the_cuda_header() {
-        for name in ["SparsifyParams", "SpmmParams", "SpmmSm90Params"] {
+        for name in ["SparsifyParams", "SparsifySm90Params", "SpmmParams", "SpmmSm90Params", "FusedParams", "ProbeParams"] {
             let expected: Vec<_> = fields(HEADER, name).into_iter().map(|(kind, field)| (twin(kind), field)).collect();
-            assert!(expected.len() > 8, "{name}: {expected:?}");
+            assert!(expected.len() > 4, "{name}: {expected:?}");
             assert_eq!(rust_fields(name), expected, "{name}");
         }
     }
@@ -140,8 +230,9 @@ mod tests {
     /// end of the struct.
     #[test]
     fn tensor_maps_lie_where_the_kernel_reads_them() {
-        assert!(align_of::<SpmmSm90Params>() >= 64);
+        assert!(align_of::<SpmmSm90Params>() >= 64 && align_of::<SparsifySm90Params>() >= 64);
         assert_eq!(size_of::<CUtensorMap>(), 128);
+        assert_eq!(std::mem::offset_of!(SparsifySm90Params, score), 2 * 128);
         assert_eq!(std::mem::offset_of!(SpmmSm90Params, comp_up), 3 * 128);
         assert_eq!(std::mem::offset_of!(SpmmSm90Params, metadata), 4 * 128);
     }

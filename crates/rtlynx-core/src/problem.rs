@@ -12,9 +12,9 @@ pub const SPARSIFY: &str = "sparsify";
 pub const SPARSE_LINEAR: &str = "sparse_linear";
 
 /// Bytes that kernels load and store at a time: what every tensor's first element must be aligned to.
-const VECTOR_BYTES: u64 = 16;
+pub(crate) const VECTOR_BYTES: u64 = 16;
 /// Elements of a 16-bit type in one vector.
-const VECTOR_ELEMENTS: i64 = 8;
+pub(crate) const VECTOR_ELEMENTS: i64 = 8;
 
 /// Element type of activations, weights and bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,10 +87,7 @@ impl SparsifyProblem {
         if self.ldx < self.k || self.ldx % VECTOR_ELEMENTS != 0 {
             return Err(Error::invalid(SPARSIFY, "ldx", self.ldx, format!("a multiple of {VECTOR_ELEMENTS}, at least k = {}", self.k)));
         }
-        if !(self.eps >= 0.0 && self.eps.is_finite()) {
-            return Err(Error::invalid(SPARSIFY, "eps", self.eps, "a finite number, at least 0"));
-        }
-        Ok(())
+        valid_eps(SPARSIFY, self.eps)
     }
 
     /// Whether there is nothing to do.
@@ -108,7 +105,7 @@ pub struct SparsifyTensors {
     pub score: u64,
     /// `(k,)` f32 or absent
     pub shift: u64,
-    /// `(rank, k)` in dtype, absent without a branch
+    /// `(k, rank)` in dtype, absent without a branch
     pub comp_down: u64,
     /// `(m, k/2)` in dtype, written
     pub values: u64,
@@ -137,7 +134,7 @@ impl SparsifyTensors {
 }
 
 /// Multiply a compressed activation with a dense weight, scale rows, add the branch and the bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SparseLinearProblem {
     /// Element type of activation, weight, bias and output.
     pub dtype: Dtype,
@@ -204,13 +201,13 @@ impl SparseLinearTensors {
 
 /// Whether a tensor may be absent.
 #[derive(Clone, Copy)]
-enum Presence {
+pub(crate) enum Presence {
     Required,
     Optional,
     Forbidden(&'static str),
 }
 
-fn pointer(op: &'static str, argument: &'static str, address: u64, presence: Presence, alignment: u64) -> Result<()> {
+pub(crate) fn pointer(op: &'static str, argument: &'static str, address: u64, presence: Presence, alignment: u64) -> Result<()> {
     match presence {
         Presence::Required if address == 0 => Err(Error::invalid(op, argument, "no tensor", "a tensor")),
         Presence::Forbidden(why) if address != 0 => Err(Error::invalid(op, argument, "a tensor", format!("none: {why}"))),
@@ -224,11 +221,11 @@ fn pointer(op: &'static str, argument: &'static str, address: u64, presence: Pre
 /// Kernels index rows and columns with 32-bit integers, and pad rows up to a block.
 const MAX_SIZE: i64 = i32::MAX as i64 - 256;
 
-fn at_least_zero(op: &'static str, argument: &'static str, got: i64) -> Result<()> {
+pub(crate) fn at_least_zero(op: &'static str, argument: &'static str, got: i64) -> Result<()> {
     if (0..=MAX_SIZE).contains(&got) { Ok(()) } else { Err(Error::invalid(op, argument, got, format!("0 to {MAX_SIZE}"))) }
 }
 
-fn positive_multiple(op: &'static str, argument: &'static str, got: i64, of: i64) -> Result<()> {
+pub(crate) fn positive_multiple(op: &'static str, argument: &'static str, got: i64, of: i64) -> Result<()> {
     if got > 0 && got <= MAX_SIZE && got % of == 0 {
         Ok(())
     } else {
@@ -236,12 +233,16 @@ fn positive_multiple(op: &'static str, argument: &'static str, got: i64, of: i64
     }
 }
 
-fn valid_rank(op: &'static str, got: i64) -> Result<()> {
+pub(crate) fn valid_rank(op: &'static str, got: i64) -> Result<()> {
     if (0..=MAX_RANK).contains(&got) && got % RANK_MULTIPLE == 0 {
         Ok(())
     } else {
         Err(Error::invalid(op, "rank", got, format!("a multiple of {RANK_MULTIPLE}, 0 to {MAX_RANK}")))
     }
+}
+
+pub(crate) fn valid_eps(op: &'static str, got: f32) -> Result<()> {
+    if got >= 0.0 && got.is_finite() { Ok(()) } else { Err(Error::invalid(op, "eps", got, "a finite number, at least 0")) }
 }
 
 #[cfg(test)]

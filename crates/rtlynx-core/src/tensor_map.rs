@@ -10,16 +10,18 @@ use cudarc::driver::sys::{
     CUtensorMapL2promotion as L2Promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
 };
 
-use crate::config::Tile;
+use crate::config::{SparsifyKernel, Tile};
 use crate::device::check;
 use crate::error::Result;
 use crate::params::Address;
-use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors};
+use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 
 /// Columns of the branch in one pipeline stage.
 const RANK_STEP: i64 = 32;
 /// Both element types have two bytes.
 const ELEMENT_BYTES: u64 = 2;
+/// Dimensions that the copy engine knows.
+const MAX_DIMENSIONS: usize = 5;
 
 /// A map that is not read.
 pub const UNUSED: CUtensorMap = CUtensorMap { opaque: [0; 16] };
@@ -27,31 +29,70 @@ pub const UNUSED: CUtensorMap = CUtensorMap { opaque: [0; 16] };
 /// How the rows of a box are spread over the banks of shared memory; the name is the length of such a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Swizzle {
+    /// Rows of 32 bytes.
+    Bytes32,
     /// Rows of 64 bytes.
     Bytes64,
     /// Rows of 128 bytes.
     Bytes128,
 }
 
-/// A row-major matrix without gaps, and the boxes in which it is copied. What a box covers outside the matrix arrives as zeros.
+impl Swizzle {
+    /// The one for rows of so many elements.
+    const fn of_row(elements: i64) -> Self {
+        match elements {
+            16 => Self::Bytes32,
+            32 => Self::Bytes64,
+            64 => Self::Bytes128,
+            _ => panic!("no swizzle has rows of this length"),
+        }
+    }
+}
+
+/// One dimension of a tensor in memory, and how much of it a box takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dimension {
+    /// Elements.
+    pub size: i64,
+    /// Elements from one to the next in memory; of the first dimension 1, of the others a multiple of 8.
+    pub stride: i64,
+    /// Elements in a box, at most 256.
+    pub box_size: i64,
+}
+
+impl Dimension {
+    const fn new(size: i64, stride: i64, box_size: i64) -> Self {
+        Self { size, stride, box_size }
+    }
+}
+
+/// A tensor, and the boxes in which it is copied: what a box covers outside the tensor arrives as zeros. The strides may be in any order, so that a
+/// box may reach shared memory in another order than it has in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap {
     /// Element type.
     pub dtype: Dtype,
     /// Of the first element, aligned to 16 bytes.
     pub address: Address,
-    /// Columns and rows of the matrix. A row is a multiple of 16 bytes.
-    pub size: [u64; 2],
-    /// Columns and rows of a box, at most 256 each. A row of it is as long as `swizzle` says.
-    pub box_size: [u32; 2],
+    /// The first is the innermost one: a row of the box, as long as `swizzle` says. Unused dimensions at the end are `None`.
+    pub dimensions: [Option<Dimension>; MAX_DIMENSIONS],
     /// Where a box's 16-byte chunks go.
     pub swizzle: Swizzle,
 }
 
 impl TensorMap {
-    /// Bytes from one row of the matrix to the next.
-    pub const fn row_bytes(&self) -> u64 {
-        self.size[0] * ELEMENT_BYTES
+    /// Rows of `columns` elements, `stride` elements apart.
+    fn matrix(dtype: Dtype, address: Address, columns: Dimension, rows: Dimension) -> Self {
+        Self { dtype, address, dimensions: [Some(columns), Some(rows), None, None, None], swizzle: Swizzle::of_row(columns.box_size) }
+    }
+
+    fn used(&self) -> impl Iterator<Item = Dimension> {
+        self.dimensions.into_iter().flatten()
+    }
+
+    /// Elements of a box.
+    pub fn box_elements(&self) -> i64 {
+        self.used().map(|dimension| dimension.box_size).product()
     }
 
     /// The 128 bytes that the copy engine reads. Needs a driver with CUDA 12 or newer, but no context.
@@ -61,24 +102,28 @@ impl TensorMap {
             Dtype::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         };
         let swizzle = match self.swizzle {
+            Swizzle::Bytes32 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
             Swizzle::Bytes64 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             Swizzle::Bytes128 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
         let address = ptr::without_provenance_mut::<c_void>(self.address as usize);
-        let (row_bytes, element_strides) = ([self.row_bytes()], [1; 2]);
+        let all = |of: fn(Dimension) -> u64| self.dimensions.map(|dimension| dimension.map_or(0, of));
+        let sizes = all(|dimension| dimension.size as u64);
+        let [_, strides @ ..] = all(|dimension| dimension.stride as u64 * ELEMENT_BYTES);
+        let boxes = all(|dimension| dimension.box_size as u64).map(|elements| elements as u32);
         let mut map = UNUSED;
-        // SAFETY: the map and the arrays are valid and as long as two dimensions need: sizes, boxes and element strides of both, the
-        // stride of the outer one. The driver checks the values and only writes the address down.
+        // SAFETY: the map and the arrays are valid and as long as the most dimensions there are need: sizes, boxes and element strides of all, the
+        // strides of all but the innermost. The driver checks the values and only writes the address down.
         let status = unsafe {
             cuTensorMapEncodeTiled(
                 &raw mut map,
                 dtype,
-                2,
+                self.used().count() as u32,
                 address,
-                self.size.as_ptr(),
-                row_bytes.as_ptr(),
-                self.box_size.as_ptr(),
-                element_strides.as_ptr(),
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                [1; MAX_DIMENSIONS].as_ptr(),
                 Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle,
                 L2Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
@@ -86,6 +131,41 @@ impl TensorMap {
             )
         };
         check("cuTensorMapEncodeTiled", status).map(|()| map)
+    }
+}
+
+/// What the `sparsify_sm90_*` kernels copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SparsifyMaps {
+    /// `[m, k]`
+    pub x: TensorMap,
+    /// `[k, rank]`; none when rank is 0
+    pub comp_down: Option<TensorMap>,
+}
+
+impl SparsifyMaps {
+    /// Problem and tensors must be valid.
+    pub fn new(kernel: &SparsifyKernel, problem: &SparsifyProblem, tensors: &SparsifyTensors) -> Self {
+        const UNIT: i64 = SparsifyKernel::UNIT_COLS;
+        let SparsifyProblem { dtype, m, k, ldx, rank, .. } = *problem;
+        // The 64 channels of a unit arrive in the order in which the lanes hold them (the kernel's header draws it): for each of the 4 groups of a
+        // lane and each pair of channels in it, of the 4 lanes that pair.
+        let channels = [
+            Dimension::new(rank, 1, kernel.capacity),
+            Dimension::new(2, rank, 2),
+            Dimension::new(4, 16 * rank, 4),
+            Dimension::new(8, 2 * rank, 8),
+            Dimension::new(k / UNIT, UNIT * rank, 1),
+        ];
+        Self {
+            x: TensorMap::matrix(dtype, tensors.x, Dimension::new(k, 1, UNIT), Dimension::new(m, ldx, kernel.rows())),
+            comp_down: (rank > 0).then(|| TensorMap {
+                dtype,
+                address: tensors.comp_down,
+                dimensions: channels.map(Some),
+                swizzle: Swizzle::of_row(kernel.capacity),
+            }),
+        }
     }
 }
 
@@ -106,18 +186,14 @@ impl SpmmMaps {
     /// Problem and tensors must be valid.
     pub fn new(tile: &Tile, problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> Self {
         let SparseLinearProblem { dtype, m, n, k, rank } = *problem;
-        let map = |address, rows: i64, columns: i64, box_rows: i64, box_columns: i64, swizzle| TensorMap {
-            dtype,
-            address,
-            size: [columns as u64, rows as u64],
-            box_size: [box_columns as u32, box_rows as u32],
-            swizzle,
+        let map = |address, rows: i64, columns: i64, box_rows: i64, box_columns: i64| {
+            TensorMap::matrix(dtype, address, Dimension::new(columns, 1, box_columns), Dimension::new(rows, columns, box_rows))
         };
         Self {
-            values: map(tensors.values, m, k / 2, tile.bm, Tile::BK / 2, Swizzle::Bytes64),
-            weight: map(tensors.weight, n, k, tile.bn, Tile::BK, Swizzle::Bytes128),
-            branch: (rank > 0).then(|| map(tensors.branch, m, rank, tile.bm, RANK_STEP, Swizzle::Bytes64)),
-            comp_up: (rank > 0).then(|| map(tensors.comp_up, n, rank, tile.bn, RANK_STEP, Swizzle::Bytes64)),
+            values: map(tensors.values, m, k / 2, tile.bm, Tile::BK / 2),
+            weight: map(tensors.weight, n, k, tile.bn, Tile::BK),
+            branch: (rank > 0).then(|| map(tensors.branch, m, rank, tile.bm, RANK_STEP)),
+            comp_up: (rank > 0).then(|| map(tensors.comp_up, n, rank, tile.bn, RANK_STEP)),
         }
     }
 
@@ -140,15 +216,30 @@ mod tests {
         TILES.into_iter().filter(|tile| tile.family == Family::Sm90)
     }
 
+    fn sparsify_maps(rank: i64, capacity: i64) -> SparsifyMaps {
+        let kernel = SparsifyKernel { family: Family::Sm90, dtype: Dtype::F16, capacity };
+        let problem = SparsifyProblem {
+            dtype: Dtype::F16,
+            m: 1000,
+            k: 320,
+            ldx: 328,
+            rank,
+            norm_compensation: true,
+            branch_of_dropped: true,
+            eps: 0.0,
+        };
+        SparsifyMaps::new(&kernel, &problem, &SparsifyTensors { x: 16, comp_down: 32, ..SparsifyTensors::default() })
+    }
+
     #[test]
     fn maps_are_the_operands_in_boxes_of_a_stage() {
         let maps = SpmmMaps::new(&tiles().next().unwrap(), &PROBLEM, &TENSORS);
-        let map = |address, size, box_size, swizzle| TensorMap { dtype: Dtype::Bf16, address, size, box_size, swizzle };
-        assert_eq!(maps.values, map(16, [1216, 1000], [32, 256], Swizzle::Bytes64));
-        assert_eq!(maps.weight, map(48, [2432, 3080], [64, 192], Swizzle::Bytes128));
-        assert_eq!(maps.branch, Some(map(80, [48, 1000], [32, 256], Swizzle::Bytes64)));
-        assert_eq!(maps.comp_up, Some(map(96, [48, 3080], [32, 192], Swizzle::Bytes64)));
-        assert_eq!(maps.all().map(|map| map.unwrap().row_bytes()), [2432, 4864, 96, 96]);
+        let map = |address, columns, rows| TensorMap::matrix(Dtype::Bf16, address, columns, rows);
+        assert_eq!(maps.values, map(16, Dimension::new(1216, 1, 32), Dimension::new(1000, 1216, 256)));
+        assert_eq!(maps.weight, map(48, Dimension::new(2432, 1, 64), Dimension::new(3080, 2432, 192)));
+        assert_eq!(maps.branch, Some(map(80, Dimension::new(48, 1, 32), Dimension::new(1000, 48, 256))));
+        assert_eq!(maps.comp_up, Some(map(96, Dimension::new(48, 1, 32), Dimension::new(3080, 48, 192))));
+        assert_eq!(maps.all().map(|map| map.unwrap().swizzle), [Swizzle::Bytes64, Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes64]);
     }
 
     #[test]
@@ -157,19 +248,52 @@ mod tests {
             let maps = SpmmMaps::new(&tile, &SparseLinearProblem { rank: 0, ..PROBLEM }, &TENSORS);
             assert_eq!((maps.branch, maps.comp_up), (None, None));
         }
+        assert_eq!(sparsify_maps(0, 0).comp_down, None);
     }
 
     #[test]
-    fn boxes_are_what_a_stage_holds_and_the_driver_accepts() {
-        for tile in tiles() {
-            let maps = SpmmMaps::new(&tile, &PROBLEM, &TENSORS);
-            let bytes = |map: TensorMap| i64::from(map.box_size[0]) * i64::from(map.box_size[1]) * ELEMENT_BYTES as i64;
-            assert_eq!(bytes(maps.values) + bytes(maps.weight), tile.stage_bytes());
-            for map in maps.all().into_iter().flatten() {
-                let row = if map.swizzle == Swizzle::Bytes64 { 64 } else { 128 };
-                assert_eq!(u64::from(map.box_size[0]) * ELEMENT_BYTES, row, "{map:?}");
-                assert!(map.box_size.iter().all(|&side| side <= 256) && map.row_bytes() % 16 == 0, "{map:?}");
+    fn rows_of_x_may_have_gaps() {
+        let expected = TensorMap::matrix(Dtype::F16, 16, Dimension::new(320, 1, 64), Dimension::new(1000, 328, 64));
+        assert_eq!(sparsify_maps(0, 0).x, expected);
+    }
+
+    /// Walks a box as the copy engine does and asks which channel of the unit stands in each row of shared memory.
+    #[test]
+    fn channels_of_comp_down_arrive_in_the_order_of_the_lanes() {
+        let [_, inner @ ..] = sparsify_maps(48, 64).comp_down.unwrap().dimensions.map(Option::unwrap);
+        for row in 0..64 {
+            let (mut left, mut channel) = (row, 0);
+            for dimension in inner {
+                channel += left % dimension.box_size * dimension.stride / 48;
+                left /= dimension.box_size;
             }
+            let (c, h, q, e) = (row / 16, row / 8 % 2, row / 2 % 4, row % 2);
+            assert_eq!(channel, 16 * q + 4 * c + 2 * h + e, "row {row}");
+        }
+    }
+
+    #[test]
+    fn boxes_are_what_the_kernels_hold_and_the_driver_accepts() {
+        let mut maps: Vec<TensorMap> = Vec::new();
+        for tile in tiles() {
+            let spmm = SpmmMaps::new(&tile, &PROBLEM, &TENSORS);
+            assert_eq!((spmm.values.box_elements() + spmm.weight.box_elements()) * 2, tile.stage_bytes());
+            maps.extend(spmm.all().into_iter().flatten());
+        }
+        for (rank, capacity) in [(16, 16), (32, 32), (48, 64), (128, 64)] {
+            let sparsify = sparsify_maps(rank, capacity);
+            assert_eq!(sparsify.comp_down.unwrap().box_elements(), 64 * capacity);
+            maps.extend([Some(sparsify.x), sparsify.comp_down].into_iter().flatten());
+        }
+        for map in maps {
+            let [row, outer @ ..] = map.dimensions;
+            let row_bytes = match map.swizzle {
+                Swizzle::Bytes32 => 32,
+                Swizzle::Bytes64 => 64,
+                Swizzle::Bytes128 => 128,
+            };
+            assert_eq!((row.unwrap().stride, row.unwrap().box_size * 2), (1, row_bytes), "{map:?}");
+            assert!(outer.into_iter().flatten().all(|dimension| dimension.stride % 8 == 0 && dimension.box_size <= 256), "{map:?}");
         }
     }
 }

@@ -1,9 +1,10 @@
 //! What this build holds, what this machine has, and what would run where.
 
 use pyo3::prelude::*;
+use rtlynx_core::break_even;
 use rtlynx_core::dispatch::{self, Arch};
 use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SparseLinearProblem};
-use rtlynx_core::{device, kernels};
+use rtlynx_core::{device, kernels, tuned};
 
 use crate::error::to_python;
 
@@ -71,4 +72,43 @@ pub(crate) fn plan_sparse_linear(capability: (u32, u32), sms: i64, m: i64, n: i6
     let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
     let (kernel, _) = dispatch::plan_sparse_linear(&Arch::from_capability(capability, sms), &problem).map_err(to_python)?;
     Ok(kernel.to_string())
+}
+
+/// The GEMM kernels that can run a problem on a GPU of this compute capability, the plan among them; needs no GPU.
+///
+/// Raises as plan_sparse_linear.
+#[pyfunction]
+pub(crate) fn candidates(capability: (u32, u32), sms: i64, m: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<Vec<String>> {
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
+    let arch = Arch::from_capability(capability, sms);
+    let candidates = dispatch::candidates(&arch, &problem).map_err(to_python)?;
+    Ok(candidates.map(|(kernel, _)| kernel.to_string()).collect())
+}
+
+/// Run one of the candidates for a problem on a GPU of this machine from now on, in the whole process; None: what is planned for it.
+///
+/// Raises InvalidArgumentError for a kernel that cannot run it there and as plan_sparse_linear.
+#[pyfunction]
+#[pyo3(signature = (device_index, m, n, k, rank, dtype, kernel))]
+pub(crate) fn set_plan(device_index: i32, m: i64, n: i64, k: i64, rank: i64, dtype: &str, kernel: Option<&str>) -> PyResult<()> {
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
+    tuned::set(device_index, &problem, kernel).map_err(to_python)
+}
+
+/// The GEMM kernel that sparse_linear launches for a problem on a GPU of this machine: the one of set_plan, else the planned one.
+///
+/// Raises as plan_sparse_linear.
+#[pyfunction]
+pub(crate) fn gemm_kernel(device_index: i32, m: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<String> {
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
+    tuned::kernel(device_index, &problem).map_err(to_python)
+}
+
+/// From how many tokens on a sparse layer (n, k) is estimated to be no slower than a dense one on a GPU of this compute capability; needs no GPU.
+///
+/// 0 where nothing has been measured, 2^63 - 1 where it never is. Raises as plan_sparse_linear.
+#[pyfunction]
+pub(crate) fn least_tokens(capability: (u32, u32), sms: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<i64> {
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m: 0, n, k, rank };
+    break_even::least_tokens(&Arch::from_capability(capability, sms), &problem).map_err(to_python)
 }

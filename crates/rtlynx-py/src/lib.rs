@@ -3,16 +3,24 @@
 use pyo3::prelude::*;
 
 mod error;
+mod fused;
 mod info;
 mod ops;
+mod probe;
 
 /// Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the layers above it.
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use super::info::{device_code, devices, driver_version, plan_sparse_linear, use_portable_kernels};
+    use super::fused::fused_linear;
+    #[pymodule_export]
+    use super::info::{candidates, device_code, devices, driver_version, gemm_kernel};
+    #[pymodule_export]
+    use super::info::{least_tokens, plan_sparse_linear, set_plan, use_portable_kernels};
     #[pymodule_export]
     use super::ops::{sparse_linear, sparsify};
+    #[pymodule_export]
+    use super::probe::run;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it

@@ -41,8 +41,8 @@ __device__ __forceinline__ LaneTile load_tile(const SparsifyParams& p, int row, 
 }
 
 // Rows past the end stay zero: the metadata describes them as padding.
-template <class T>
-__device__ __forceinline__ void subtract_shift(const SparsifyParams& p, int row, int col, LaneTile& tile) {
+template <class T, class Params>
+__device__ __forceinline__ void subtract_shift(const Params& p, int row, int col, LaneTile& tile) {
 #pragma unroll
   for (int i = 0; i < kLanePairs; ++i) {
     const float2 shift = __ldg(reinterpret_cast<const float2*>(p.shift + col) + i);
@@ -55,19 +55,19 @@ __device__ __forceinline__ void subtract_shift(const SparsifyParams& p, int row,
   }
 }
 
+// What selection compares in one row's group: magnitudes times scores, in float32.
 template <class T>
-__device__ __forceinline__ Selection select_scored(uint32_t x01, uint32_t x23, float4 score) {
+__device__ __forceinline__ void scored_keys(uint32_t x01, uint32_t x23, float4 score, uint32_t (&keys)[4]) {
   constexpr uint32_t kMagnitude = 0x7fffffffu;
   const float2 low = T::unpack(x01), high = T::unpack(x23);
-  return select24(x01, x23,
-                  compare24(__float_as_uint(low.x * score.x) & kMagnitude, __float_as_uint(low.y * score.y) & kMagnitude,
-                            __float_as_uint(high.x * score.z) & kMagnitude, __float_as_uint(high.y * score.w) & kMagnitude));
+  keys[0] = __float_as_uint(low.x * score.x) & kMagnitude, keys[1] = __float_as_uint(low.y * score.y) & kMagnitude;
+  keys[2] = __float_as_uint(high.x * score.z) & kMagnitude, keys[3] = __float_as_uint(high.y * score.w) & kMagnitude;
 }
 
 template <class T>
-__device__ __forceinline__ float square(uint32_t pair) {
+__device__ __forceinline__ void add_squares(uint32_t pair, float& sum) {
   const float2 x = T::unpack(pair);
-  return x.x * x.x + x.y * x.y;
+  sum = fmaf(x.x, x.x, fmaf(x.y, x.y, sum));
 }
 
 __device__ __forceinline__ float sum_over_quad(float value) {
@@ -83,26 +83,46 @@ struct SelectedTile {
   LaneTile branch_input;                  // what the branch reads: what was dropped, or all of x
   float norm[2] = {}, norm_kept[2] = {};  // this lane's part of ‖X‖² and ‖S(X)‖² of its rows
 
-  __device__ __forceinline__ SelectedTile(const SparsifyParams& p, int col, const LaneTile& x) {
-    const uint32_t all_of_x = p.branch_of_dropped ? 0u : ~0u;
+  template <class Params>
+  __device__ __forceinline__ SelectedTile(const Params& p, int col, const LaneTile& x) {
+    // Decided once: a branch in every group would keep the groups from being worked on side by side.
+    if (p.score) {
+      select(p, x, [&](const Group&, int c) {
+        const float4 score = __ldg(reinterpret_cast<const float4*>(p.score + col) + c);
+        uint32_t g[4], h[4];
+        scored_keys<T>(x.pairs[0][2 * c], x.pairs[0][2 * c + 1], score, g);
+        scored_keys<T>(x.pairs[1][2 * c], x.pairs[1][2 * c + 1], score, h);
+        return rank24(g, h);
+      });
+    } else {
+      select(p, x, [](const Group& group, int) { return rank24(group); });
+    }
+  }
+
+  template <class Params, class Rank>
+  __device__ __forceinline__ void select(const Params& p, const LaneTile& x, Rank rank) {
+    const uint32_t dropped = p.branch_of_dropped ? ~0u : 0u;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int c = 0; c < kLaneGroups; ++c) {
+      const Group group(x.pairs[0][2 * c], x.pairs[0][2 * c + 1], x.pairs[1][2 * c], x.pairs[1][2 * c + 1]);
+      const Ranking by = rank(group, c);
+      keep24(group, by, compressed[0][c], compressed[1][c]);
+      word |= nibbles24(by, c);
+      uint32_t left[2][2];
+      drop24(group, by, dropped, left[0], left[1]);
 #pragma unroll
-      for (int c = 0; c < kLaneGroups; ++c) {
-        const uint32_t x01 = x.pairs[half][2 * c], x23 = x.pairs[half][2 * c + 1];
-        const Selection s =
-            p.score ? select_scored<T>(x01, x23, __ldg(reinterpret_cast<const float4*>(p.score + col) + c)) : select24(x01, x23);
-        compressed[half][c] = s.kept;
-        word |= s.nibble << (16 * half + 4 * c);
-        norm[half] += square<T>(x01) + square<T>(x23);
-        norm_kept[half] += square<T>(s.kept);
-        branch_input.pairs[half][2 * c] = x01 & (s.dropped_mask[0] | all_of_x);
-        branch_input.pairs[half][2 * c + 1] = x23 & (s.dropped_mask[1] | all_of_x);
+      for (int half = 0; half < 2; ++half) {
+        add_squares<T>(x.pairs[half][2 * c], norm[half]);
+        add_squares<T>(x.pairs[half][2 * c + 1], norm[half]);
+        add_squares<T>(compressed[half][c], norm_kept[half]);
+        branch_input.pairs[half][2 * c] = left[half][0];
+        branch_input.pairs[half][2 * c + 1] = left[half][1];
       }
     }
   }
 
-  __device__ __forceinline__ void store_values(const SparsifyParams& p, int row, int col) const {
+  template <class Params>
+  __device__ __forceinline__ void store_values(const Params& p, int row, int col) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (row + 8 * half < p.m) {

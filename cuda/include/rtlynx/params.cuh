@@ -11,7 +11,7 @@ struct SparsifyParams {
   const void* x;              // [m, k], rows ldx elements apart, 16-byte aligned
   const float* score;         // [k] factor on the magnitudes that selection compares, or null
   const float* shift;         // [k] subtracted from x first, or null
-  const void* comp_down;      // [rank, k], or null when rank == 0
+  const void* comp_down;      // [k, rank], or null when rank == 0
   void* values;               // [m, k / 2] out
   uint32_t* metadata;         // [ceil(k / 256), 4 ceil(m / 64), 32, 4] out
   float* row_scale;           // [m] out, or null: no norm compensation
@@ -20,7 +20,23 @@ struct SparsifyParams {
   int32_t m;                  // tokens
   int32_t k;                  // channels, a multiple of 64
   int32_t rank;               // a multiple of 16, at most the kernel's rank capacity
-  int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down^T, 0: branch = x comp_down^T
+  int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down, 0: branch = x comp_down
+  float eps;                  // of the row scale
+};
+
+struct SparsifySm90Params {
+  CUtensorMap x;              // [m, k], boxes of 64 x 64, 128-byte swizzle
+  CUtensorMap comp_down;      // [k, rank], boxes of 64 channels in the lanes' order x the kernel's rank capacity; not read when rank == 0
+  const float* score;         // [k] factor on the magnitudes that selection compares, or null
+  const float* shift;         // [k] subtracted from x first, or null
+  void* values;               // [m, k / 2] out
+  uint32_t* metadata;         // [ceil(k / 256), 4 ceil(m / 64), 32, 4] out
+  float* row_scale;           // [m] out, or null: no norm compensation
+  void* branch;               // [m, rank] out, or null when rank == 0
+  int32_t m;                  // tokens
+  int32_t k;                  // channels, a multiple of 64
+  int32_t rank;               // a multiple of 16, at most 128
+  int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down, 0: branch = x comp_down
   float eps;                  // of the row scale
 };
 
@@ -41,9 +57,9 @@ struct SpmmParams {
 
 struct SpmmSm90Params {
   CUtensorMap values;        // [m, k / 2], boxes of 256 x 32, 64-byte swizzle
-  CUtensorMap weight;        // [n, k], boxes of 192 x 64, 128-byte swizzle
+  CUtensorMap weight;        // [n, k], boxes of the tile's columns x 64, 128-byte swizzle
   CUtensorMap branch;        // [m, rank], boxes of 256 x 32, 64-byte swizzle; not read when rank == 0
-  CUtensorMap comp_up;       // [n, rank], boxes of 192 x 32, 64-byte swizzle; not read when rank == 0
+  CUtensorMap comp_up;       // [n, rank], boxes of the tile's columns x 32, 64-byte swizzle; not read when rank == 0
   const uint32_t* metadata;  // [ceil(k / 256), 4 ceil(m / 64), 32, 4]
   const float* row_scale;    // [m], or null
   const void* bias;          // [n], or null
@@ -52,6 +68,35 @@ struct SpmmSm90Params {
   int32_t n;                 // output channels, a multiple of 8
   int32_t k;                 // input channels, a multiple of 64
   int32_t rank;              // a multiple of 16, at most 128
+};
+
+struct ProbeParams {
+  const void* data;          // A and W as shared memory holds them, then read as they are
+  const uint32_t* metadata;  // of 256 rows, as in the compressed format; not read by dense probes
+  float* sums;               // [blocks, 256] out: the sum of each thread's accumulators
+  int64_t* cycles;           // [blocks, 256] out: clocks each thread took
+  int32_t steps;             // of 64 dense columns
+};
+
+struct FusedParams {
+  const void* x;              // [m, k], rows ldx elements apart, 16-byte aligned
+  const float* score;         // [k] factor on the magnitudes that selection compares, or null
+  const float* shift;         // [k] subtracted from x first, or null
+  const void* comp_down;      // [k, rank], or null when rank == 0
+  const void* weight;         // [n, k]
+  const void* comp_up;        // [n, rank], or null when rank == 0
+  const void* bias;           // [n], or null
+  void* branch;               // [m, rank] scratch, or null when rank == 0
+  uint32_t* progress;         // [1 + ceil(m / 64)] scratch, zeros; or null when rank == 0
+  void* out;                  // [m, n] out
+  int32_t ldx;                // elements between rows of x
+  int32_t m;                  // tokens
+  int32_t n;                  // output channels, a multiple of 8
+  int32_t k;                  // input channels, a multiple of 64
+  int32_t rank;               // a multiple of 16, at most 128
+  int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down, 0: branch = x comp_down
+  int32_t norm_compensation;  // 1: rows of the sparse product are scaled, 0: they are not
+  float eps;                  // of the row scale
 };
 
 }  // namespace rtlynx

@@ -18,4 +18,12 @@ __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap& 
                : "memory");
 }
 
+// The same for a 5-d tensor, at (x, 0, 0, 0, z).
+__device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap& map, int x, int z, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, 0, 0, 0, %3}], [%4];" ::"r"(shared),
+      "l"(&map), "r"(x), "r"(z), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace rtlynx::ptx

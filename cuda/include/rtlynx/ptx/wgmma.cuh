@@ -26,46 +26,51 @@ __device__ __forceinline__ void pin_registers(float (&d)[Count]) {
   for (int i = 0; i < Count; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The swizzle of an operand in shared memory, K-major, as the descriptor's top two bits name it.
-enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
+// The swizzle of an operand's rows in shared memory, as the descriptor's top two bits name it.
+enum class Swizzle : uint64_t { k128Bytes = 1, k64Bytes = 2, k32Bytes = 3 };
 
-// Matrix descriptor of a K-major tile: rows of 128 or 64 bytes, 8 of them to an atom, atoms back to back.
+// Matrix descriptor of a tile whose rows are as long as the swizzle says, 8 of them to an atom, atoms back to back. A row is a row of the matrix
+// with K along it (then the tile may be wider than a row: see `advanced`), or one k with all of N along it.
 //
 //   bits 0-13  address / 16    16-29  unused here, 1    32-45  bytes from atom to atom / 16    62-63  swizzle
 template <Swizzle kSwizzle>
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared) {
-  constexpr uint64_t kAtomBytes = 8 * (kSwizzle == Swizzle::k128Bytes ? 128 : 64);
-  return (shared & 0x3ffff) >> 4 | uint64_t{1} << 16 | kAtomBytes >> 4 << 32 | static_cast<uint64_t>(kSwizzle) << 62;
+  constexpr uint64_t kRowBytes = kSwizzle == Swizzle::k128Bytes ? 128 : kSwizzle == Swizzle::k64Bytes ? 64 : 32;
+  return (shared & 0x3ffff) >> 4 | uint64_t{1} << 16 | 8 * kRowBytes >> 4 << 32 | static_cast<uint64_t>(kSwizzle) << 62;
 }
 
-// A descriptor moved by `bytes` along K inside its swizzled rows.
+// A descriptor moved by `bytes`: along K inside its swizzled rows, or by whole atoms.
 __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
-// One function for each element type, which the assembler text names. Undefined below.
-#define RTLYNX_WGMMA_192(T, type)                                                                                                      \
-  template <int Selector>                                                                                                              \
-  __device__ __forceinline__ void wgmma_sp_m64n192k32(T, float (&d)[96], uint64_t a, uint64_t b, uint32_t metadata, bool accumulate) { \
-    asm volatile(                                                                                                                      \
-        "{.reg .pred add; setp.ne.b32 add, %100, 0;\n"                                                                                 \
-        "wgmma.mma_async.sp.sync.aligned.m64n192k32.f32." type "." type " {" RTLYNX_REGISTERS_96                                       \
-        "}, "                                                                                                                          \
-        "%96, %97, %98, %99, add, 1, 1, 0, 0;}"                                                                                        \
-        : RTLYNX_ACCUMULATE_96(d, 0)                                                                                                   \
-        : "l"(a), "l"(b), "r"(metadata), "n"(Selector), "r"(static_cast<int>(accumulate)));                                            \
-  }                                                                                                                                    \
-  __device__ __forceinline__ void wgmma_m64n192k16(T, float (&d)[96], uint64_t a, uint64_t b) {                                        \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n192k16.f32." type "." type " {" RTLYNX_REGISTERS_96                                 \
-                 "}, "                                                                                                                 \
-                 "%96, %97, 1, 1, 1, 0, 0;"                                                                                            \
-                 : RTLYNX_ACCUMULATE_96(d, 0)                                                                                          \
-                 : "l"(a), "l"(b));                                                                                                    \
+// One function for each element type and N = 2 · count, which the assembler text names; x0 .. x4 name the operands after the accumulators.
+// Undefined below.
+#define RTLYNX_WGMMA_SS(T, type, n, count, x0, x1, x2, x3, x4)                                                                   \
+  template <int Selector>                                                                                                        \
+  __device__ __forceinline__ void wgmma_sp_k32(T, float (&d)[count], uint64_t a, uint64_t b, uint32_t metadata, bool add) {      \
+    asm volatile("{.reg .pred add; setp.ne.b32 add, " x4                                                                         \
+                 ", 0;\n"                                                                                                        \
+                 "wgmma.mma_async.sp.sync.aligned.m64n" n "k32.f32." type "." type " {" RTLYNX_REGISTERS_##count                 \
+                 "}, " x0 ", " x1 ", " x2 ", " x3 ", add, 1, 1, 0, 0;}"                                                          \
+                 : RTLYNX_ACCUMULATE_##count(d, 0)                                                                               \
+                 : "l"(a), "l"(b), "r"(metadata), "n"(Selector), "r"(static_cast<int>(add)));                                    \
+  }                                                                                                                              \
+  __device__ __forceinline__ void wgmma_k16(T, float (&d)[count], uint64_t a, uint64_t b) {                                      \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" RTLYNX_REGISTERS_##count "}, " x0 ", " x1   \
+                                                                                                              ", 1, 1, 1, 0, 0;" \
+                 : RTLYNX_ACCUMULATE_##count(d, 0)                                                                               \
+                 : "l"(a), "l"(b));                                                                                              \
   }
+#define RTLYNX_WGMMA_SS_WIDTHS(T, type)                                  \
+  RTLYNX_WGMMA_SS(T, type, "144", 72, "%72", "%73", "%74", "%75", "%76") \
+  RTLYNX_WGMMA_SS(T, type, "168", 84, "%84", "%85", "%86", "%87", "%88") \
+  RTLYNX_WGMMA_SS(T, type, "192", 96, "%96", "%97", "%98", "%99", "%100")
 
-// wgmma_sp_m64n192k32: d (64 x 192) = or += A (64 x 32, 2:4 compressed, shared memory) · B^T (192 x 32, shared memory). Selector 0 takes the
-// metadata of lanes 0 and 1 of every quad, selector 1 that of lanes 2 and 3.
-// wgmma_m64n192k16: d (64 x 192) += A (64 x 16, dense, shared memory) · B^T (192 x 16, shared memory).
-RTLYNX_WGMMA_192(Bf16, "bf16")
-RTLYNX_WGMMA_192(F16, "f16")
-#undef RTLYNX_WGMMA_192
+// wgmma_sp_k32: d (64 x N) = or += A (64 x 32, 2:4 compressed, shared memory) · B^T (N x 32, shared memory). Selector 0 takes the metadata of
+// lanes 0 and 1 of every quad, selector 1 that of lanes 2 and 3.
+// wgmma_k16: d (64 x N) += A (64 x 16, dense, shared memory) · B^T (N x 16, shared memory).
+RTLYNX_WGMMA_SS_WIDTHS(Bf16, "bf16")
+RTLYNX_WGMMA_SS_WIDTHS(F16, "f16")
+#undef RTLYNX_WGMMA_SS_WIDTHS
+#undef RTLYNX_WGMMA_SS
 
 }  // namespace rtlynx::ptx

@@ -1,0 +1,125 @@
+//! From how many tokens on a sparse layer is faster than a dense one: estimates of both, so that a layer with fewer can run dense.
+//!
+//! Fitted to one H200 (docs/kernels.md): 312 layers of `rtlynx bench gemm --shapes small`, bfloat16 and rank 64. `benches/results/nvidia-h200/layer_small.csv`
+//! has them, and a test holds this file against it. On other GPUs nothing has been measured, so there the answer is 0: always sparse.
+
+use crate::dispatch::{self, Arch};
+use crate::error::Result;
+use crate::format::{BLOCK_COLS, ceil_div};
+use crate::problem::{SparseLinearProblem, SparsifyProblem};
+
+/// Beyond this many tokens a layer that still loses is taken to lose always.
+const MOST_TOKENS: i64 = 1 << 14;
+/// Thresholds are looked for in steps of so many tokens.
+const STEP: i64 = 64;
+/// By how many percent the sparse layer may be estimated slower beyond the threshold: where a few more tokens begin another wave of tiles. The
+/// estimate exaggerates those; of the measured layers none loses (a test below).
+const SLACK_PERCENT: i64 = 8;
+
+/// The least number of tokens with which the sparse layer is estimated to be no slower than the dense one, and with no larger number slower by more
+/// than some percent; `i64::MAX` if there is none. Of `problem`, m is ignored.
+pub fn least_tokens(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
+    dispatch::plan_sparse_linear(arch, &SparseLinearProblem { m: 1, ..*problem })?;
+    if arch.capability != (9, 0) {
+        return Ok(0);
+    }
+    let mut least = i64::MAX;
+    for m in (STEP..=MOST_TOKENS).rev().step_by(STEP as usize) {
+        let problem = SparseLinearProblem { m, ..*problem };
+        let (sparse, dense) = (sparse_ns(arch, &problem)?, dense_ns(&problem));
+        if sparse > dense.saturating_add(dense / 100 * SLACK_PERCENT) {
+            break;
+        }
+        if sparse <= dense {
+            least = m;
+        }
+    }
+    Ok(least)
+}
+
+/// `F.linear`: 745 TFLOP/s, or 4 TB/s where reading the weight takes longer.
+fn dense_ns(problem: &SparseLinearProblem) -> i64 {
+    const CALL_NS: i64 = 5000;
+    let SparseLinearProblem { m, n, k, .. } = *problem;
+    // Sizes that are valid one by one may be beyond all time together.
+    let flop = n.saturating_mul(k).saturating_mul(2 * m);
+    let bytes = n.saturating_mul(k).saturating_add(m * (n + k)).saturating_mul(2);
+    CALL_NS + (flop / 745_000).max(bytes / 4000)
+}
+
+/// Selection and GEMM, one after the other.
+fn sparse_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
+    const CALL_NS: i64 = 4000;
+    Ok(CALL_NS + select_ns(arch, problem)? + dispatch::estimated_gemm_ns(arch, problem)?)
+}
+
+/// Selection on the kernel for Hopper.
+fn select_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
+    let SparseLinearProblem { dtype, m, k, rank, .. } = *problem;
+    let select = SparsifyProblem { dtype, m, k, ldx: k, rank, norm_compensation: true, branch_of_dropped: true, eps: 0.0 };
+    let (_, launch) = dispatch::plan_sparsify(arch, &select)?;
+    let cluster = i64::from(launch.cluster);
+    Ok(dispatch::estimated_select_ns(arch, i64::from(launch.blocks.0) / cluster, ceil_div(k, BLOCK_COLS), cluster))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::Dtype;
+
+    fn h200() -> Arch {
+        Arch::from_capability((9, 0), 132)
+    }
+
+    fn problem(m: i64, n: i64, k: i64) -> SparseLinearProblem {
+        SparseLinearProblem { dtype: Dtype::Bf16, m, n, k, rank: 64 }
+    }
+
+    #[test]
+    fn wide_layers_win_early_and_small_ones_never() {
+        let least = |n, k| least_tokens(&h200(), &problem(0, n, k)).unwrap();
+        assert!(least(21504, 3072) < 1024, "{}", least(21504, 3072));
+        assert!((1024..=4096).contains(&least(3072, 3072)), "{}", least(3072, 3072));
+        assert!((1024..=4096).contains(&least(3072, 12288)), "{}", least(3072, 12288));
+        assert_eq!(least(1152, 1152), i64::MAX);
+    }
+
+    #[test]
+    fn the_estimate_holds_from_there_on() {
+        let least = |n, k| least_tokens(&h200(), &problem(0, n, k)).unwrap();
+        for (n, k) in [(3072, 3072), (12288, 3072), (3072, 15360), (3840, 10240), (55296, 6144)] {
+            let ratio = |m| sparse_ns(&h200(), &problem(m, n, k)).unwrap() as f64 / dense_ns(&problem(m, n, k)) as f64;
+            assert!(ratio(least(n, k)) <= 1.0, "{n} {k}");
+            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.09), "{n} {k}");
+        }
+    }
+
+    /// No measured layer that would run sparse was more than 2 % slower than the dense one.
+    #[test]
+    fn no_measured_layer_loses() {
+        const MEASURED: &str = include_str!("../../../benches/results/nvidia-h200/layer_small.csv");
+        let mut lines = MEASURED.lines().filter(|line| !line.starts_with('#'));
+        let header: Vec<&str> = lines.next().unwrap().split(',').collect();
+        let column = |name| header.iter().position(|&field| field == name).unwrap();
+        let (m, n, k, speedup) = (column("m"), column("n"), column("k"), column("speedup"));
+        let (mut sparse, mut dense) = (0, 0);
+        for line in lines {
+            let fields: Vec<&str> = line.split(',').collect();
+            let size = |column: usize| fields[column].parse::<i64>().unwrap();
+            if size(m) < least_tokens(&h200(), &problem(0, size(n), size(k))).unwrap() {
+                dense += 1;
+                continue;
+            }
+            sparse += 1;
+            assert!(fields[speedup].parse::<f64>().unwrap() >= 0.98, "{line}");
+        }
+        assert!(sparse > 20 && dense > 20, "{sparse} sparse, {dense} dense");
+    }
+
+    #[test]
+    fn where_nothing_is_measured_layers_are_sparse() {
+        assert_eq!(least_tokens(&Arch::from_capability((8, 0), 108), &problem(0, 1152, 1152)), Ok(0));
+        assert!(least_tokens(&Arch::from_capability((7, 5), 40), &problem(0, 64, 64)).is_err());
+        assert!(least_tokens(&h200(), &problem(0, 65, 64)).is_err());
+    }
+}
