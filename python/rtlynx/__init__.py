@@ -22,25 +22,39 @@ from rtlynx.version import __version__
 
 if TYPE_CHECKING:
     from rtlynx.apply import apply, remove
+    from rtlynx.autotune import Tuned
+    from rtlynx.autotune import autotune as autotune
     from rtlynx.calibrate.calibrate import calibrate as calibrate
     from rtlynx.compensation import Compensation, load_compensation, save_compensation
     from rtlynx.config import SparsityConfig
+    from rtlynx.evaluate.evaluate import Evaluation
+    from rtlynx.evaluate.evaluate import evaluate as evaluate
     from rtlynx.integrations.diffusers import RTLynxConfig
     from rtlynx.linear import SparseLinear
+    from rtlynx.refresh import refresh
+    from rtlynx.search.search import Search
+    from rtlynx.search.search import search as search
     from rtlynx.summary import LayerSummary, Summary, summary
 
 _HOME = {
     "Compensation": "compensation",
+    "Evaluation": "evaluate",
     "LayerSummary": "summary",
     "RTLynxConfig": "integrations.diffusers",
+    "Search": "search",
     "SparseLinear": "linear",
     "SparsityConfig": "config",
     "Summary": "summary",
+    "Tuned": "autotune",
     "apply": "apply",
+    "autotune": "autotune",
     "calibrate": "calibrate",
+    "evaluate": "evaluate",
     "load_compensation": "compensation",
+    "refresh": "refresh",
     "remove": "apply",
     "save_compensation": "compensation",
+    "search": "search",
     "summary": "summary",
 }
 """Public name → the module that defines it."""
@@ -49,19 +63,26 @@ __all__ = [
     "Compensation",
     "CompensationMismatchError",
     "DeviceError",
+    "Evaluation",
     "InvalidArgumentError",
     "LayerSummary",
     "RTLynxConfig",
     "RTLynxError",
+    "Search",
     "SparseLinear",
     "SparsityConfig",
     "Summary",
+    "Tuned",
     "__version__",
     "apply",
+    "autotune",
     "calibrate",
+    "evaluate",
     "load_compensation",
+    "refresh",
     "remove",
     "save_compensation",
+    "search",
     "summary",
 ]
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TypeVar
 
 from torch import nn
 
 from rtlynx.config import SparsityConfig
-from rtlynx.eligibility import Candidate, candidates, linear_layers, target_module
+from rtlynx.dense_steps import check_clock, install_dense_steps
+from rtlynx.eligibility import Candidate, candidates, linear_layers, target_modules
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.fused_projections import keep_fused_sparse
 from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
+from rtlynx.recipe_file import read_recipe
 from rtlynx.recipes import find_recipe
+from rtlynx.refresh import refresh_with_adapters
+from rtlynx.sharing import share_inputs
 
 logger = logging.getLogger("rtlynx")
 
@@ -22,7 +28,7 @@ _CONFIG = "rtlynx_config"
 """The attribute of the model that remembers the configuration it was given."""
 
 
-def apply(pipe_or_module: T, config: SparsityConfig | None = None) -> T:
+def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | None = None) -> T:
     """Replace the linear layers that ``config`` names by `SparseLinear`, in place. No weight is copied or changed.
 
     A layer that cannot be sparse stays dense; the reason is logged (logger ``"rtlynx"``) and `rtlynx.summary` shows it. Applying again
@@ -31,8 +37,9 @@ def apply(pipe_or_module: T, config: SparsityConfig | None = None) -> T:
     Apply before offloading hooks wrap the layers, and before ``torch.compile`` traces them.
 
     Args:
-        pipe_or_module: A module, or a pipeline with a ``.transformer`` or ``.unet``.
-        config: What to make sparse, and how; default `SparsityConfig()`.
+        pipe_or_module: A module, or a pipeline with a ``.transformer`` or ``.unet``. If it has a ``.transformer_2`` too, as Wan 2.2's
+            pipelines do, that one is made sparse in the same way; patterns name layers inside each of them.
+        config: What to make sparse, and how, or a recipe file of `rtlynx.search`; default `SparsityConfig()`.
 
     Returns:
         The same object.
@@ -40,33 +47,29 @@ def apply(pipe_or_module: T, config: SparsityConfig | None = None) -> T:
     Raises:
         InvalidArgumentError: No layer at all is named by the configuration, or a sparse layer that is to become dense is wrapped by a hook.
     """
+    if isinstance(config, (str, os.PathLike)):
+        config = read_recipe(config)
     config = config or SparsityConfig()
-    root = target_module(pipe_or_module, "apply")
-    judged = list(candidates(root, config))
-    if not any(c.wanted for c in judged):
+    judged = {root: list(candidates(root, config)) for root in target_modules(pipe_or_module, "apply").values()}
+    if not any(c.wanted for found in judged.values() for c in found):
+        root = next(iter(judged))
         patterns = find_recipe(root).include if config.include is None else config.include
         got = f"{', '.join(patterns)} minus {', '.join(config.skip) or 'nothing'}"
         raise InvalidArgumentError("apply", "config", got, f"patterns that name a linear layer of {type(root).__name__}")
 
     # First what can refuse (wrapped layers), then what changes the model.
-    replaced: dict[nn.Module, nn.Module] = {}
-    for c in judged:
-        if c.reason is None and not isinstance(c.module, SparseLinear):
-            replaced.setdefault(c.module, SparseLinear.from_linear(c.module, config))
-        elif c.reason is not None and isinstance(c.module, SparseLinear):
-            replaced.setdefault(c.module, c.module.to_linear())
-    keep = _still_right(applied_config(root), config)
-    dropped = 0
-    for layer in {c.module for c in judged if isinstance(c.module, SparseLinear)} - set(replaced):
-        if layer.rank and not keep:
-            layer.set_compensation()
-            dropped += 1
-        layer.configure(config)
-    _replace(root, replaced)
-    root.__dict__[_CONFIG] = config
-    _log(root, judged, config, dropped)
-    if isinstance(getattr(pipe_or_module, "transformer_2", None), nn.Module):
-        logger.warning("apply: the pipeline's transformer_2 stays as it is; to make it sparse too, give it to rtlynx.apply itself")
+    for root in judged:
+        check_clock(root, config)
+    replaced = {root: _new_layers(found, config) for root, found in judged.items()}
+    for root, found in judged.items():
+        dropped = _reconfigure(found, set(replaced[root]), config, keep=_still_right(applied_config(root), config))
+        _replace(root, replaced[root])
+        share_inputs(root, config.share_inputs)
+        keep_fused_sparse(root)
+        refresh_with_adapters(root)
+        install_dense_steps(root, config)
+        root.__dict__[_CONFIG] = config
+        _log(root, found, config, dropped)
     return pipe_or_module
 
 
@@ -84,9 +87,14 @@ def remove(pipe_or_module: T) -> T:
     Raises:
         InvalidArgumentError: A sparse layer is wrapped by an offloading hook: remove that first.
     """
-    root = target_module(pipe_or_module, "remove")
-    _replace(root, {layer: layer.to_linear() for _, layer in linear_layers(root) if isinstance(layer, SparseLinear)})
-    root.__dict__.pop(_CONFIG, None)
+    replaced: dict[nn.Module, dict[nn.Module, nn.Module]] = {
+        root: {layer: layer.to_linear() for _, layer in linear_layers(root) if isinstance(layer, SparseLinear)}
+        for root in target_modules(pipe_or_module, "remove").values()
+    }
+    for root, new in replaced.items():
+        install_dense_steps(root, None)
+        _replace(root, new)
+        root.__dict__.pop(_CONFIG, None)
     return pipe_or_module
 
 
@@ -96,6 +104,21 @@ def applied_config(module: nn.Module) -> SparsityConfig | None:
     return config if isinstance(config, SparsityConfig) else None
 
 
+def applied_modules(pipe_or_module: object, op: str) -> tuple[dict[str, nn.Module], SparsityConfig]:
+    """Those of the modules that `apply` was called on, by prefix, and their configuration.
+
+    Raises:
+        InvalidArgumentError: There is none, or they have different configurations.
+    """
+    modules = {prefix: root for prefix, root in target_modules(pipe_or_module, op).items() if applied_config(root) is not None}
+    configs = [config for config in map(applied_config, modules.values()) if config is not None]
+    if not configs:
+        raise InvalidArgumentError(op, "pipe_or_module", "a model without sparse layers", "one given to rtlynx.apply")
+    if any(config != configs[0] for config in configs):
+        raise InvalidArgumentError(op, "pipe_or_module", "transformers with different configurations", "one of them at a time")
+    return modules, configs[0]
+
+
 def remember_config(module: nn.Module, config: SparsityConfig) -> None:
     """Record that ``module`` now computes as ``config`` says: for calibration, which may change the branch and the rank."""
     module.__dict__[_CONFIG] = config
@@ -103,7 +126,29 @@ def remember_config(module: nn.Module, config: SparsityConfig) -> None:
 
 def _still_right(previous: SparsityConfig | None, config: SparsityConfig) -> bool:
     """Whether what was calibrated under ``previous`` is what ``config`` asks for, the choice of layers aside."""
-    return previous is not None and previous.same_arithmetic(config) and previous.rank == config.rank
+    return previous is not None and previous.same_arithmetic(config) and (previous.rank, previous.ranks) == (config.rank, config.ranks)
+
+
+def _new_layers(judged: list[Candidate], config: SparsityConfig) -> dict[nn.Module, nn.Module]:
+    """Layer → what takes its place, for those whose kind changes."""
+    new: dict[nn.Module, nn.Module] = {}
+    for c in judged:
+        if c.reason is None and not isinstance(c.module, SparseLinear):
+            new.setdefault(c.module, SparseLinear.from_linear(c.module, config))
+        elif c.reason is not None and isinstance(c.module, SparseLinear):
+            new.setdefault(c.module, c.module.to_linear())
+    return new
+
+
+def _reconfigure(judged: list[Candidate], replaced: set[nn.Module], config: SparsityConfig, *, keep: bool) -> int:
+    """Configure the layers that stay sparse; returns how many lost their compensation, which they do unless it is to be kept."""
+    dropped = 0
+    for layer in {c.module for c in judged if isinstance(c.module, SparseLinear)} - replaced:
+        if layer.rank and not keep:
+            layer.set_compensation()
+            dropped += 1
+        layer.configure(config)
+    return dropped
 
 
 def _replace(root: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
@@ -117,6 +162,8 @@ def _replace(root: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
 def _log(root: nn.Module, judged: list[Candidate], config: SparsityConfig, dropped: int) -> None:
     sparse = sum(c.reason is None for c in judged)
     logger.info("%s: %d of %d linear layers are sparse (recipe %s)", type(root).__name__, sparse, len(judged), find_recipe(root).name)
+    if not any(c.wanted for c in judged):
+        logger.warning("apply: %s has no layer that the configuration names: it stays as it is", type(root).__name__)
     if dropped:
         logger.warning("dropped the compensation of %d layers: it was fitted for another configuration; calibrate again", dropped)
     for pattern in config.skip:

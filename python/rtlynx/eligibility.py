@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,24 @@ def target_module(pipe_or_module: object, op: str) -> nn.Module:
     raise InvalidArgumentError(op, "pipe_or_module", type(pipe_or_module).__name__, expected)
 
 
+_SECOND = "transformer_2"
+"""Where pipelines with one transformer for high and one for low noise, such as those of Wan 2.2, keep the other one."""
+
+
+def target_modules(pipe_or_module: object, op: str) -> dict[str, nn.Module]:
+    """All modules to work on, by what their layers' names are prefixed with: that of `target_module` (no prefix), and a second transformer.
+
+    Raises:
+        InvalidArgumentError: There is none.
+    """
+    first = target_module(pipe_or_module, op)
+    second = None if isinstance(pipe_or_module, nn.Module) else getattr(pipe_or_module, _SECOND, None)
+    if not isinstance(second, nn.Module):
+        return {"": first}
+    second = target_module(second, op)
+    return {"": first} if second is first else {"": first, f"{_SECOND}.": second}
+
+
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of every ``nn.Linear``, sparse ones and subclasses too; a layer used under two names comes once for each."""
     for name, child in module.named_modules(remove_duplicate=False):
@@ -71,6 +89,16 @@ def canonical(name: str) -> str:
 def sparse_layers(module: nn.Module) -> dict[str, SparseLinear]:
     """Canonical name → every `SparseLinear` of a module, each object once, in the module's order."""
     return {canonical(name): child for name, child in module.named_modules() if isinstance(child, SparseLinear)}
+
+
+def own_name(name: str) -> str:
+    """A layer's name inside its own module, which is what patterns match, from one of `all_sparse_layers`."""
+    return name.removeprefix(f"{_SECOND}.")
+
+
+def all_sparse_layers(modules: Mapping[str, nn.Module]) -> dict[str, SparseLinear]:
+    """The `sparse_layers` of several modules, by prefixed name."""
+    return {f"{prefix}{name}": layer for prefix, module in modules.items() for name, layer in sparse_layers(module).items()}
 
 
 def candidates(module: nn.Module, config: SparsityConfig) -> Iterator[Candidate]:

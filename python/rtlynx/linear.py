@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtlynx import ops
-from rtlynx.config import Branch, Selection, SparsityConfig
+from rtlynx.config import Branch, Selection, SmallM, SparsityConfig
+from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import MAX_RANK, RANK_MULTIPLE, BranchInput
 
-_COMPENSATION = ("comp_down", "comp_up", "comp_bias", "shift")
+if TYPE_CHECKING:
+    from rtlynx.sharing import InputGroup
+
+_COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
 """The tensors calibration adds to a layer; absent from its state dict until then."""
 
 
 class SparseLinear(nn.Linear):
     """A linear layer that multiplies the 2:4-sparsified input by the dense weight, plus a rank-r branch::
 
-        Y = s · S(X - m) Wᵀ + Z · comp_downᵀ · comp_upᵀ + bias + comp_bias
+        Y = s · S(X - m) Wᵀ + Z · comp_down · comp_upᵀ + bias + comp_bias
 
     with ``S`` the selection, ``s`` the norm compensation of each token, ``m`` the shift (0 without one) and ``Z`` what the
-    branch reads: ``X - m`` (``branch="input"``) or what selection dropped, ``X - m - S(X - m)`` (``branch="dropped"``).
+    branch reads: ``X - m`` (``branch="input"``) or what selection dropped, ``X - m - S(X - m)`` (``branch="dropped"``). Where calibration
+    gave the layer a permutation, X stands for the gathered ``X[:, permutation]``; where it gave a weight of its own, the
+    sparse product uses that one for W.
 
     It is an ``nn.Linear``: ``weight`` ``(N, K)`` stays dense, in the standard layout and bit for bit what it was, so that
     adapters, fusing and offloading work as on any linear. Until `set_compensation` there is no branch and the state dict has
@@ -40,18 +47,27 @@ class SparseLinear(nn.Linear):
 
     Attributes:
         dense: When True the layer is exactly ``F.linear(x, weight, bias)``.
-        branch, selection, norm_compensation: As in `SparsityConfig`.
-        comp_down: Parameter ``(r, K)`` or None. Compensation parameters do not require gradients unless asked to.
+        dense_step: The same for the present step; set by `rtlynx.dense_steps`.
+        branch, selection, norm_compensation, small_m: As in `SparsityConfig`.
+        comp_down: Parameter ``(K, r)`` or None. Compensation parameters do not require gradients unless asked to.
         comp_up: Parameter ``(N, r)`` or None.
-        comp_bias: Parameter ``(N,)`` or None: ``m · Wᵀ``, present with `shift`.
-        shift: Buffer ``(K,)`` float32 or None.
+        comp_bias: Parameter ``(N,)`` or None: ``m · Wᵀ`` where there is a `shift`, and what calibration fitted beside it.
+        sparse_weight: Parameter ``(N, K)`` or None: what the sparse product multiplies with instead of `weight`, columns permuted.
+        shift: Buffer ``(K,)`` float32 or None, in the order of the gathered input.
+        permutation: Buffer ``(K,)`` int64 or None.
         score: Buffer ``(K,)`` float32, ``‖W_:j‖``, with ``selection="weight"``, else None. Not saved: see `update_score`.
+        input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
+        sharing: How many layers of the group ask for the same selection, this one included.
+        repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
+        derived: How the compensation hangs together with the weight it was given with, for `rtlynx.refresh`.
     """
 
     comp_down: nn.Parameter | None
     comp_up: nn.Parameter | None
     comp_bias: nn.Parameter | None
+    sparse_weight: nn.Parameter | None
     shift: Tensor | None
+    permutation: Tensor | None
     score: Tensor | None
 
     def __init__(
@@ -65,10 +81,15 @@ class SparseLinear(nn.Linear):
         config: SparsityConfig | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.dense = False
-        self.comp_down = self.comp_up = self.comp_bias = None
+        self.dense = self.dense_step = False
+        self.input_group: InputGroup | None = None
+        self.sharing = 1
+        self.repeats = False
+        self.derived: Derived | None = None
+        self.comp_down = self.comp_up = self.comp_bias = self.sparse_weight = None
         self.register_buffer("shift", None)
-        self.register_buffer("score", None, persistent=False)
+        self.register_buffer("permutation", None)
+        self.set_score(None)
         self.configure(config or SparsityConfig())
 
     def configure(self, config: SparsityConfig) -> None:
@@ -76,12 +97,14 @@ class SparseLinear(nn.Linear):
         self.branch: Branch = config.branch
         self.selection: Selection = config.selection
         self.norm_compensation = config.norm_compensation
+        self.small_m: SmallM = config.small_m
         self.update_score()
 
     @property
     def rank(self) -> int:
         """Rank of the branch; 0 without one."""
-        return 0 if self.comp_down is None else self.comp_down.shape[0]
+        comp_down = self.comp_down
+        return 0 if comp_down is None else comp_down.shape[1]
 
     # ---- to and from nn.Linear ----------------------------------------------------------------------------------------------------------
 
@@ -101,13 +124,25 @@ class SparseLinear(nn.Linear):
 
     # ---- compensation -------------------------------------------------------------------------------------------------------------------
 
-    def set_compensation(self, comp_down: Tensor | None = None, comp_up: Tensor | None = None, shift: Tensor | None = None) -> None:
-        """Replace the compensation. Tensors are copied to the weight's dtype and device (`shift`: float32).
+    def set_compensation(
+        self,
+        comp_down: Tensor | None = None,
+        comp_up: Tensor | None = None,
+        shift: Tensor | None = None,
+        *,
+        comp_bias: Tensor | None = None,
+        permutation: Tensor | None = None,
+        sparse_weight: Tensor | None = None,
+    ) -> None:
+        """Replace the compensation. Tensors are copied to the weight's dtype and device (`shift`: float32, `permutation`: int64).
 
         Args:
-            comp_down: ``(r, K)``, r a multiple of 16 up to 128; None for no branch.
+            comp_down: ``(K, r)``, r a multiple of 16 up to 128; None for no branch. Rows are in the order of the gathered input.
             comp_up: ``(N, r)``, given exactly if `comp_down` is.
-            shift: ``(K,)``; ``shift · Wᵀ`` goes to `comp_bias`.
+            shift: ``(K,)``, in the order of the gathered input.
+            comp_bias: ``(N,)``; None: ``shift · Wᵀ``, which makes up for the shift and nothing else.
+            permutation: ``(K,)``, every channel once; None: as they come.
+            sparse_weight: ``(N, K)``, columns in the gathered order; None: the layer's weight.
 
         Raises:
             InvalidArgumentError: A shape does not fit, or a branch is given to a layer with ``branch="none"``.
@@ -115,25 +150,59 @@ class SparseLinear(nn.Linear):
         problem = self.branch_problem(comp_down, comp_up)
         if problem:
             raise InvalidArgumentError("SparseLinear.set_compensation", "comp_down and comp_up", *problem)
-        if shift is not None and shift.shape != (self.in_features,):
-            raise InvalidArgumentError("SparseLinear.set_compensation", "shift", f"shape {tuple(shift.shape)}", f"({self.in_features},)")
+        n, k = self.weight.shape
+        given = {"shift": (shift, (k,)), "comp_bias": (comp_bias, (n,)), "permutation": (permutation, (k,))}
+        for name, (tensor, shape) in {**given, "sparse_weight": (sparse_weight, (n, k))}.items():
+            if tensor is not None and tensor.shape != shape:
+                raise InvalidArgumentError("SparseLinear.set_compensation", name, f"shape {tuple(tensor.shape)}", f"{shape}")
+        if permutation is not None and not torch.equal(permutation.sort().values.cpu(), torch.arange(k)):
+            raise InvalidArgumentError("SparseLinear.set_compensation", "permutation", "channels missing or twice", "each of K once")
 
         def parameter(value: Tensor | None) -> nn.Parameter | None:
             return None if value is None else nn.Parameter(value.detach().to(self.weight, copy=True).contiguous(), requires_grad=False)
 
         self.comp_down, self.comp_up = parameter(comp_down), parameter(comp_up)
         self.shift = None if shift is None else shift.detach().to(self.weight.device, torch.float32, copy=True)
-        self.comp_bias = None if self.shift is None else parameter(self.weight.detach().float() @ self.shift)
+        self.permutation = None if permutation is None else permutation.detach().to(self.weight.device, torch.int64, copy=True)
+        if sparse_weight is None and self.permutation is not None:
+            sparse_weight = in_order(self)
+        self.sparse_weight = parameter(sparse_weight)
+        if comp_bias is None and self.shift is not None:
+            comp_bias = bias_of_shift(self)
+        self.comp_bias = parameter(comp_bias)
+        self.derived = Derived.of(self)
+        self.update_score()
 
     def update_score(self) -> None:
-        """Recompute `score` from the weight. Call it after changing the weight in place, e.g. after fusing a LoRA.
+        """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
 
-        The score only ranks channels: a stale one costs a little accuracy, never correctness. ``load_state_dict`` calls this.
+        Layers that share their input share the score: the norms of their stacked weights' columns. It only ranks channels: a stale one
+        costs a little accuracy, never correctness. ``load_state_dict`` calls this.
         """
+        self.set_score(None)
         if self.selection == "weight":
-            self.score = torch.linalg.vector_norm(self.weight.detach(), dim=0, dtype=torch.float32)
-        else:
-            self.score = None
+            layers = [self] if self.input_group is None else self.input_group.layers()
+            layers = [layer for layer in layers if layer.selection == "weight" and layer.weight.device == self.weight.device]
+            counted = [layer.weight.detach() for layer in layers if not layer.repeats] or [self.weight.detach()]
+            each = [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in counted]
+            norms = each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), dim=0)
+            for layer in layers:
+                layer.set_score(norms if layer.permutation is None else norms[layer.permutation])
+        self._tie()
+
+    def set_score(self, score: Tensor | None) -> None:
+        """Hold this score: where there is one as a buffer that is not saved, which accelerate's offloading takes to be there."""
+        self.register_buffer("score", score, persistent=score is None)
+
+    def selection_inputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, BranchInput, bool]:
+        """All that its selection depends on but the input: the permutation, then the arguments of `rtlynx.ops.sparsify` after ``x``."""
+        branch_input: BranchInput = "input" if self.branch == "input" else "dropped"
+        buffers = self._buffers  # read with every call, and three times as fast as attributes
+        return buffers["permutation"], buffers["score"], buffers["shift"], self.comp_down, branch_input, self.norm_compensation
+
+    def _tie(self) -> None:
+        if self.input_group is not None:
+            self.input_group.tie()
 
     def branch_problem(self, comp_down: Tensor | None, comp_up: Tensor | None) -> tuple[str, str] | None:
         """(got, expected) when the two factors cannot be this layer's branch."""
@@ -143,10 +212,10 @@ class SparseLinear(nn.Linear):
             return "a branch", 'none, since the layer has branch="none"'
         if comp_down is None or comp_up is None:
             return "one of them", "both or neither"
-        rank = comp_down.shape[0]
+        rank = comp_down.shape[-1]
         shapes = tuple(comp_down.shape), tuple(comp_up.shape)
-        if shapes != ((rank, self.in_features), (self.out_features, rank)) or rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
-            expected = f"(r, {self.in_features}) and ({self.out_features}, r), r a multiple of {RANK_MULTIPLE} up to {MAX_RANK}"
+        if shapes != ((self.in_features, rank), (self.out_features, rank)) or rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
+            expected = f"({self.in_features}, r) and ({self.out_features}, r), r a multiple of {RANK_MULTIPLE} up to {MAX_RANK}"
             return f"shapes {shapes[0]} and {shapes[1]}", expected
         return None
 
@@ -154,28 +223,43 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., K)`` → ``(..., N)``, same dtype."""
-        if self.dense:
+        tokens = input.shape[:-1]
+        if self.dense or self.dense_step or (self.small_m == "dense" and tokens.numel() < self.least_tokens(input.device)):
             return F.linear(input, self.weight, self.bias)
-        x = input.reshape(-1, self.in_features)
-        branch_input: BranchInput = "input" if self.branch == "input" else "dropped"
-        sparse = ops.sparsify(x, self.score, self.shift, self.comp_down, branch_input, self.norm_compensation)
-        bias: Tensor | None = self.bias
-        if self.comp_bias is not None:
-            bias = self.comp_bias if bias is None else bias + self.comp_bias
+        if self.input_group is None or self.sharing == 1 or torch.compiler.is_compiling():
+            values, metadata, row_scale, branch = self._select(input)
+        else:
+            values, metadata, row_scale, branch = self.input_group.select(self, input, self._select)
+        # An attribute that is a parameter is slow to read: each once.
+        weight, bias, comp_up, comp_bias, sparse_weight = self.weight, self.bias, self.comp_up, self.comp_bias, self.sparse_weight
+        if comp_bias is not None:
+            bias = comp_bias if bias is None else bias + comp_bias  # type: ignore[assignment]
         output = ops.sparse_linear(
-            sparse.values,
-            sparse.metadata,
-            self.weight,
-            sparse.row_scale if self.norm_compensation else None,
-            sparse.branch if self.comp_down is not None else None,
-            self.comp_up,
+            values,
+            metadata,
+            weight if sparse_weight is None else sparse_weight,
+            row_scale if self.norm_compensation else None,
+            None if comp_up is None else branch,
+            comp_up,
             bias,
         )
-        return output.view(*input.shape[:-1], self.out_features)
+        return output if len(tokens) == 1 else output.view(*tokens, self.out_features)
+
+    def _select(self, input: Tensor) -> ops.Sparsified:
+        permutation, score, shift, comp_down, branch_input, norm_compensation = self.selection_inputs()
+        x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        if permutation is not None:
+            x = x.index_select(1, permutation)
+        return ops.sparsify(x, score, shift, comp_down, branch_input, norm_compensation)
+
+    def least_tokens(self, device: torch.device) -> int:
+        """From how many tokens on this layer is faster sparse than dense on ``device``."""
+        return least_tokens(device, self.out_features, self.in_features, self.rank, self.weight.dtype)
 
     def extra_repr(self) -> str:
         compensation = f"rank={self.rank}, branch={self.branch}, norm_compensation={self.norm_compensation}"
-        shift = ", shift=True" if self.shift is not None else ""
+        fitted = (("shift", self.shift), ("permutation", self.permutation), ("sparse_weight", self.sparse_weight))
+        shift = "".join(f", {name}=True" for name, tensor in fitted if tensor is not None)
         return f"{super().extra_repr()}, {compensation}, selection={self.selection}{shift}, dense={self.dense}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -186,18 +270,40 @@ class SparseLinear(nn.Linear):
             new = getattr(self, name)
             if new is not None and new.dtype != torch.float32:
                 setattr(self, name, old.to(new.device))
+        if any(getattr(self, name) is not None for name in ("shift", "score", "permutation")):
+            self._tie()  # a buffer that moved is another object
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.input_group is not None:
+            self.input_group.join(self)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         # A checkpoint saved with a compensation loads into a layer that has none yet, or one of another rank: make room for it.
         found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
         if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
             self.comp_down, self.comp_up = self._room_for(found["comp_down"]), self._room_for(found["comp_up"])
-        if found["shift"] is not None and self.shift is None:
+        for name in ("comp_bias", "sparse_weight"):
+            if found[name] is not None and getattr(self, name) is None:
+                setattr(self, name, self._room_for(found[name]))
+        # Selection's tensors get room of their own: the present ones may be another layer's too, which may have other values.
+        if found["shift"] is not None:
             self.shift = self.weight.new_zeros(self.in_features, dtype=torch.float32)
-            self.comp_bias = self._room_for(found["comp_bias"])
+        if found["permutation"] is not None:
+            self.permutation = self.weight.new_zeros(self.in_features, dtype=torch.int64)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.derived = Derived.of(self)
         self.update_score()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # What layers of a group hold in common is in each one's name, and apart: safetensors refuses tensors that share memory.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        others = () if self.input_group is None else self.input_group.before(self)
+        for name in ("comp_down", "shift", "permutation"):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None and not keep_vars and any(getattr(other, name) is tensor for other in others):
+                destination[prefix + name] = destination[prefix + name].clone()
 
     def _room_for(self, value: Tensor | None) -> nn.Parameter | None:
         return None if value is None else nn.Parameter(self.weight.new_zeros(value.shape), requires_grad=False)
@@ -215,6 +321,6 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         got, expected = "a layer whose forward is wrapped by a hook", "one without: remove the hook first"
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
-    own |= {"dense", "branch", "selection", "norm_compensation"}
+    own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "input_group", "sharing", "repeats", "derived"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias

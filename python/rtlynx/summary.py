@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rtlynx import ops
 from rtlynx.apply import applied_config
 from rtlynx.config import SparsityConfig
-from rtlynx.eligibility import Candidate, candidates, target_module
+from rtlynx.eligibility import Candidate, candidates, target_modules
 from rtlynx.errors import RTLynxError
+from rtlynx.least_tokens import NEVER
 from rtlynx.linear import SparseLinear
 
 
@@ -24,7 +26,7 @@ class LayerSummary:
     """One linear layer.
 
     Attributes:
-        name: Full dotted name (without the ``.base_layer`` of a peft wrapper).
+        name: Full dotted name (without the ``.base_layer`` of a peft wrapper); in a pipeline's second transformer after ``transformer_2.``.
         sparse: Whether its next forward is sparse.
         reason: Why it is dense; empty for a sparse layer.
         in_features: K.
@@ -32,6 +34,7 @@ class LayerSummary:
         rank: Rank of the branch; 0 without one.
         kernel: What runs it: a kernel's name, ``"reference (CPU)"``, or ``"torch"`` for a dense layer.
         tokens: Rows it is counted with: the summary's, or 1 where the recipe says it sees one row per sample.
+        least_tokens: Called with fewer rows than this it computes densely; 0 if it never does.
     """
 
     name: str
@@ -42,11 +45,19 @@ class LayerSummary:
     rank: int
     kernel: str
     tokens: int
+    least_tokens: int = 0
 
     @property
     def flops(self) -> int:
         """2·M·N·K of the dense product with M = `tokens`."""
         return 2 * self.tokens * self.in_features * self.out_features
+
+    @property
+    def remark(self) -> str:
+        """Why it is dense, or what runs it and from how many tokens on."""
+        if not self.sparse:
+            return self.reason
+        return f"{self.kernel}; from {self.least_tokens} tokens on" if self.least_tokens else self.kernel
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Summary:
     """What `summary` returns: iterate for the rows, print for a table.
 
     Attributes:
-        model: Class name of the model.
+        model: Class name of the model, or of both.
         tokens: M, the rows that every token-wise layer is counted with.
         rows: One per linear layer, in the model's order.
     """
@@ -84,8 +95,7 @@ class Summary:
             table.add_column(heading, justify="right" if heading in ("count", "rank") else "left", overflow="fold")
         for row, count in self._grouped():
             state = "sparse" if row.sparse else "dense"
-            why = row.kernel if row.sparse else row.reason
-            table.add_row(row.name, str(count), f"{row.in_features} → {row.out_features}", state, str(row.rank or "-"), why)
+            table.add_row(row.name, str(count), f"{row.in_features} → {row.out_features}", state, str(row.rank or "-"), row.remark)
         text = io.StringIO()
         Console(file=text, width=160, color_system=None).print(table)
         sparse = sum(row.sparse for row in self.rows)
@@ -113,17 +123,19 @@ def summary(pipe_or_module: object, tokens: int = 4096) -> Summary:
     Raises:
         InvalidArgumentError: `pipe_or_module` has no module.
     """
-    root = target_module(pipe_or_module, "summary")
-    config = applied_config(root)
-    rows = (_row(candidate, config is not None, tokens) for candidate in candidates(root, config or SparsityConfig()))
-    return Summary(type(root).__name__, tokens, tuple(rows))
+    modules = target_modules(pipe_or_module, "summary")
+    rows: list[LayerSummary] = []
+    for prefix, root in modules.items():
+        config = applied_config(root)
+        rows += (_row(prefix, candidate, config is not None, tokens) for candidate in candidates(root, config or SparsityConfig()))
+    return Summary(", ".join(type(root).__name__ for root in modules.values()), tokens, tuple(rows))
 
 
-def _row(candidate: Candidate, applied: bool, tokens: int) -> LayerSummary:
+def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int) -> LayerSummary:
     layer = candidate.module
     make = partial(
         LayerSummary,
-        name=candidate.name,
+        name=prefix + candidate.name,
         in_features=layer.in_features,
         out_features=layer.out_features,
         tokens=1 if candidate.per_sample else tokens,
@@ -133,7 +145,21 @@ def _row(candidate: Candidate, applied: bool, tokens: int) -> LayerSummary:
         return make(sparse=False, reason=candidate.reason or added, rank=0, kernel="torch")
     if layer.dense:
         return make(sparse=False, reason="its `dense` switch is on", rank=layer.rank, kernel="torch")
-    return make(sparse=True, reason="", rank=layer.rank, kernel=planned_kernel(layer, tokens))
+    least = _least_tokens(layer)
+    make = partial(make, rank=layer.rank, least_tokens=least)
+    if tokens < least:
+        few = "whatever the number of tokens" if least == NEVER else f"with fewer than {least} tokens"
+        return make(sparse=False, reason=f"dense is faster {few}", kernel="torch")
+    return make(sparse=True, reason="", kernel=planned_kernel(layer, tokens))
+
+
+def _least_tokens(layer: SparseLinear) -> int:
+    if layer.small_m == "sparse":
+        return 0
+    try:
+        return layer.least_tokens(layer.weight.device)
+    except RTLynxError:  # no kernel runs it: `planned_kernel` says why
+        return 0
 
 
 def planned_kernel(layer: SparseLinear, tokens: int) -> str:
@@ -144,16 +170,13 @@ def planned_kernel(layer: SparseLinear, tokens: int) -> str:
     if device.type != "cuda":
         return f"none on device {device.type}"
     try:
-        from rtlynx import _core
-
-        return _core.plan_sparse_linear(
-            capability=torch.cuda.get_device_capability(device),
-            sms=torch.cuda.get_device_properties(device).multi_processor_count,
+        return ops._core().gemm_kernel(  # type: ignore[no-any-return]
+            device_index=torch.cuda.current_device() if device.index is None else device.index,
             m=tokens,
             n=layer.out_features,
             k=layer.in_features,
             rank=layer.rank,
             dtype=str(layer.weight.dtype).removeprefix("torch."),
         )
-    except (ImportError, RTLynxError) as error:
+    except RTLynxError as error:
         return f"none: {error}"

@@ -1,10 +1,13 @@
-"""Calibration: fit every sparse layer's rank-r branch to the model's own activations, in closed form.
+"""Calibration: fit every sparse layer's compensation to the model's own activations.
 
-`collect` runs the dense model and accumulates `statistics` of each layer's input; `solve` turns them into the two factors.
+`collect` runs the dense model and keeps `samples` of every distinct input; `fit` chooses the `selection` and solves for each layer by one
+of the `methods`, from second `moments` of what selection keeps and drops.
 """
 
 from __future__ import annotations
 
 from rtlynx.calibrate.calibrate import calibrate
+from rtlynx.calibrate.methods import METHODS
+from rtlynx.calibrate.selection import OPTIONS
 
-__all__ = ["calibrate"]
+__all__ = ["METHODS", "OPTIONS", "calibrate"]

@@ -1,54 +1,198 @@
-"""Run the dense model and accumulate statistics of every sparse layer's input."""
+"""Run the dense model and keep a sample of the tokens of every *distinct input* of its sparse layers (q, k and v share theirs)."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from rtlynx.calibrate.statistics import LayerStatistics
-from rtlynx.config import Branch
+from rtlynx.calibrate.samples import Reservoir, Samples, capacity_within, seed_of
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.linear import SparseLinear
 
+logger = logging.getLogger("rtlynx")
+
+_REMEMBERED_INPUTS = 4
+"""How many distinct inputs back a layer's input is recognised: layers that share one run close together, and each holds its memory."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """One distinct input of the model and the layers that read it.
+
+    Attributes:
+        layers: Name → layer, in the order they were called.
+        samples: A sample of its tokens.
+        seen: How many there were.
+    """
+
+    layers: dict[str, SparseLinear]
+    samples: Samples
+    seen: int
+
+    @property
+    def name(self) -> str:
+        """The first layer's name."""
+        return next(iter(self.layers))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to keep.
+
+    Attributes:
+        tokens_per_channel: Tokens to keep of one input, as a multiple of its channels.
+        memory: Bytes for everything kept at once.
+        device: Where to keep it.
+    """
+
+    tokens_per_channel: float
+    memory: int
+    device: torch.device
+
 
 def collect(
-    layers: Mapping[str, SparseLinear],
-    branch: Branch,
-    runs: Sequence[Callable[[], object]],
-    *,
-    max_tokens: int,
-    seeds: Mapping[str, int],
-    bar: tqdm[Any],
-) -> dict[str, LayerStatistics]:
-    """Statistics of ``layers`` over all ``runs`` of the model, which must be dense while they last (`all_dense`).
+    layers: Mapping[str, SparseLinear], runs: Sequence[Callable[[], object]], budget: Budget, *, seed: int, bar: tqdm[Any]
+) -> Generator[LayerInput, None, None]:
+    """Inputs of ``layers`` with samples of their tokens, in as many passes over ``runs`` as the memory asks for.
+
+    Inputs come in the order in which the model calls for them; those of one pass are released as they are consumed. Layers that
+    are never called do not come. The model must be dense meanwhile (`all_dense`).
 
     Args:
         layers: Name → layer.
-        branch: What the branch to fit will read.
-        runs: Callables that each run the model once; the results are dropped.
-        max_tokens: Tokens sampled from one call of a layer at most.
-        seeds: Name → seed of the layer's sampling.
-        bar: Progress bar, advanced once per run.
+        runs: Callables that each run the model once, on the same inputs every time; results are dropped.
+        budget: How much to keep.
+        seed: Decides which tokens are kept.
+        bar: Progress bar; its total grows when another pass turns out to be needed.
 
     Raises:
-        InvalidArgumentError: A layer's input was not finite.
+        InvalidArgumentError: An input was not finite, or a layer's input was shared differently in another pass.
     """
-    statistics = {name: LayerStatistics(layer, branch, max_tokens, seeds[name]) for name, layer in layers.items()}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.enter_context(_observing(layer, statistics[name]))
-        for run in runs:
-            run()
-            for name, layer_statistics in statistics.items():
-                if not layer_statistics.finite():
-                    raise InvalidArgumentError("calibrate", f"input of {name}", "NaN or infinity", "finite values in the dense model")
-            bar.update()
-    return statistics
+    waiting = dict(layers)
+    while waiting:
+        bar.total = bar.n + len(runs)
+        bar.refresh()
+        watched = _Pass(waiting, budget, seed)
+        with watched:
+            for run in runs:
+                watched.begin_run()
+                run()
+                watched.check_finite()
+                bar.update()
+        if not watched.inputs:
+            return
+        if watched.postponed:
+            logger.info("calibrate: %d of %d layers do not fit in memory at once: another pass", len(watched.postponed), len(waiting))
+        for input in watched.inputs:
+            for name in input.layers:
+                del waiting[name]
+        waiting = {name: layer for name, layer in waiting.items() if name in watched.postponed}
+        while watched.inputs:
+            kept = watched.inputs.pop(0)
+            yield LayerInput(kept.layers, kept.reservoir.samples(), kept.reservoir.seen)
+
+
+@dataclass
+class _Watched:
+    """An input in the making."""
+
+    layers: dict[str, SparseLinear]
+    reservoir: Reservoir
+    finite: Tensor
+    calls: int = 0
+
+
+class _Pass:
+    """Hooks on the layers while the model runs over all inputs once."""
+
+    def __init__(self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int) -> None:
+        self.layers, self.budget, self.seed = layers, budget, seed
+        self.inputs: list[_Watched] = []
+        self.postponed: set[str] = set()
+        self._leader: dict[str, _Watched] = {}  # of layers that were called before: whose input theirs is
+        self._recent: deque[tuple[Tensor, int, _Watched | None]] = deque(maxlen=_REMEMBERED_INPUTS)  # version; None: postponed
+        self._left = budget.memory
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> None:
+        for name, layer in self.layers.items():
+            handle = layer.register_forward_pre_hook(lambda _, args, name=name: self._read(name, args[0]))
+            self._hooks.callback(handle.remove)
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+        self._recent.clear()
+
+    def begin_run(self) -> None:
+        self._recent.clear()
+        for input in self.inputs:
+            input.calls = 0
+
+    def check_finite(self) -> None:
+        for input in self.inputs:
+            if not input.finite:
+                name = next(iter(input.layers))
+                raise InvalidArgumentError("calibrate", f"input of {name}", "NaN or infinity", "finite values in the dense model")
+
+    def _read(self, name: str, x: Tensor) -> None:
+        if self.layers[name].dense_step:
+            return  # nothing to make up for
+        known = self._leader.get(name)
+        if known is None and name not in self.postponed:
+            self._meet(name, x)
+        elif known is not None and name == next(iter(known.layers)):
+            self._keep(known, x)
+
+    def _meet(self, name: str, x: Tensor) -> None:
+        """First call of a layer: find out whose input it reads, or make room for a new one."""
+        layer = self.layers[name]
+        for other, version, input in self._recent:
+            if _same(other, x) and version == _version(x):
+                if input is None:
+                    self.postponed.add(name)
+                else:
+                    input.layers[name] = layer
+                    self._leader[name] = input
+                return
+        size = x.element_size()
+        capacity = capacity_within(layer.in_features, self.budget.tokens_per_channel, size, self.budget.memory)
+        needed = capacity * layer.in_features * size
+        if needed > self._left and self.inputs:
+            self.postponed.add(name)
+            self._recent.append((x, _version(x), None))
+            return
+        self._left -= needed
+        reservoir = Reservoir(capacity, layer.in_features, x.dtype, self.budget.device, seed_of(self.seed, name))
+        input = _Watched({name: layer}, reservoir, torch.ones((), dtype=torch.bool, device=x.device))
+        self.inputs.append(input)
+        self._leader[name] = input
+        self._recent.append((x, _version(x), input))
+        self._keep(input, x)
+
+    def _keep(self, input: _Watched, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1])
+        input.finite &= rows.sum(dtype=torch.float32).isfinite()  # not read here: that would wait for the device
+        input.reservoir.add(rows, input.calls)
+        input.calls += 1
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that both exist now are the same memory read the same way."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype)
+
+
+def _version(x: Tensor) -> int:
+    """Grows with every change in place; inference tensors do not count theirs."""
+    return 0 if x.is_inference() else x._version
 
 
 @contextmanager
@@ -60,55 +204,15 @@ def all_dense(layers: Mapping[str, SparseLinear]) -> Iterator[None]:
             layer.dense = True
         # Compiled code would not see hooks that were added after it was traced.
         set_stance: Callable[[str], AbstractContextManager[object]] | None = getattr(torch.compiler, "set_stance", None)
-        with torch.no_grad(), _full_precision(), set_stance("force_eager") if set_stance else nullcontext():
+        with torch.no_grad(), set_stance("force_eager") if set_stance else nullcontext():
             yield
     finally:
         for name, layer in layers.items():
             layer.dense = before[name]
 
 
-def passes(layers: Mapping[str, SparseLinear], branch: Branch, memory: int) -> list[dict[str, SparseLinear]]:
-    """Split the layers, in order, into groups whose statistics fit in memory at once; the model runs once for each group.
-
-    Args:
-        layers: Name → layer.
-        branch: What the branch to fit will read.
-        memory: Bytes; a layer that needs more forms a group alone.
-    """
-    groups: list[dict[str, SparseLinear]] = [{}]
-    used = 0
-    for name, layer in layers.items():
-        needed = LayerStatistics.bytes_needed(layer, branch)
-        if groups[-1] and used + needed > memory:
-            groups.append({})
-            used = 0
-        groups[-1][name] = layer
-        used += needed
-    return groups
-
-
 def available_memory(device: torch.device) -> int:
-    """Bytes that statistics may take on ``device``: half of what is free on a GPU, a quarter of the machine's memory elsewhere."""
+    """Bytes that samples may take on ``device``: half of what is free on a GPU, a quarter of the machine's memory elsewhere."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 2
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-
-
-@contextmanager
-def _observing(layer: SparseLinear, statistics: LayerStatistics) -> Iterator[None]:
-    handle = layer.register_forward_pre_hook(lambda _, args: statistics.add(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 products without TF32, whatever the user chose: sums of squares over thousands of tokens need the bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -11,8 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from rtlynx.cli import bench
+from rtlynx.cli.bench_quality import quality, quality_docs
+from rtlynx.cli.calibrate import calibrate
 from rtlynx.cli.demo import demo
+from rtlynx.cli.evaluate import evaluate
 from rtlynx.cli.info import info
+from rtlynx.cli.search import search
 from rtlynx.errors import RTLynxError
 from rtlynx.version import __version__
 
@@ -38,6 +42,11 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(demo)
+app.command()(calibrate)
+app.command()(search)
+app.command("eval")(evaluate)
+bench.app.command()(quality)
+bench.app.command("quality-docs")(quality_docs)
 app.add_typer(bench.app, name="bench")
 
 

@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from rtlynx.cli.bench_model import model
+
 app = typer.Typer(help="Measure the kernels on this machine's GPU.", no_args_is_help=True)
+app.command("model")(model)
 
 
 class ShapeSet(str, Enum):
@@ -19,56 +22,113 @@ class ShapeSet(str, Enum):
     odd = "odd"
 
 
-@app.callback()
-def bench() -> None:
-    """Measure the kernels on this machine's GPU."""  # a group even while it has one command
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of everything.")]
 
 
 @app.command("gemm")
 def gemm(
     shapes: Annotated[
-        ShapeSet, typer.Option(help="Which layers: of diffusion transformers, with few tokens, or with odd sizes.")
-    ] = ShapeSet.dit,
+        list[ShapeSet], typer.Option(help="Which layers: of diffusion transformers, with few tokens, with odd sizes. Can be given again.")
+    ] = [ShapeSet.dit],  # noqa: B006 - typer reads it and nothing changes it
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of everything.")] = 30,
-    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
-    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+    repeats: Repeats = 30,
+    peers: Annotated[bool, typer.Option(help="Also time what else computes such a layer.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV files and pictures, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the files, where git cannot tell.")] = None,
 ) -> None:
-    """Time the sparse layer, whole and in parts, against cuBLAS in bfloat16 and fp8."""
-    from dataclasses import asdict
-
-    import torch
+    """Time the sparse layer, whole and in parts, against cuBLAS and other peers, and the limits of this GPU in the same run."""
     from rich.console import Console
-    from tqdm import tqdm
 
-    from rtlynx.bench.layer import geometric_mean, measure_layer, write_csv
+    require_gpu()
     from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.plot import plots
+    from rtlynx.bench.results import write_csv
+    from rtlynx.bench.run import run_layers
     from rtlynx.bench.shapes import SHAPES
+    from rtlynx.bench.show import show_run
+
+    console = Console(highlight=False)
+    for shape_set in shapes:
+        run = run_layers(SHAPES[shape_set.value], rank, repeats, peers)
+        show_run(console, run)
+        if out is None:
+            continue
+        path = out / gpu_slug() / ("layer.csv" if shape_set is ShapeSet.dit else f"layer_{shape_set.value}.csv")
+        command = f"rtlynx bench gemm --shapes {shape_set.value} --rank {rank} --repeats {repeats}" + ("" if peers else " --no-peers")
+        write_csv(path, [*describe(command, commit), *run.notes], run.rows)
+        console.print(f"wrote {path}")
+        try:
+            console.print("\n".join(f"wrote {picture}" for picture in plots(path)))
+        except ImportError as error:
+            console.print(f"no pictures ({error}): pip install 'rtlynx[bench]', then `rtlynx bench plot {path}`")
+
+
+class Dtype(str, Enum):
+    """Element types that the kernels serve, by torch's names."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command("tune")
+def tune(
+    shapes: Annotated[list[ShapeSet], typer.Option(help="Which layers, as for `gemm`. Can be given again.")] = [ShapeSet.dit],  # noqa: B006
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    dtype: Annotated[Dtype, typer.Option(help="Element type.")] = Dtype.bfloat16,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
+    repeats: Repeats = 30,
+) -> None:
+    """Measure which GEMM kernel is fastest for each layer, and remember it for all later runs: what `rtlynx.autotune` does for a model."""
+    from rich.console import Console
+
+    require_gpu()
+    import torch
+
+    from rtlynx.autotune import autotune
+    from rtlynx.bench.shapes import SHAPES
+    from rtlynx.bench.show import tuned_table
+
+    problems = [(m, n, k, rank) for shape_set in shapes for m, n, k in SHAPES[shape_set.value]]
+    tuned = autotune(problems, dtype=getattr(torch, dtype.value), again=again, repeats=repeats)
+    Console(highlight=False).print(tuned_table(tuned))
+
+
+@app.command("peak")
+def peak(repeats: Repeats = 30) -> None:
+    """Measure what this GPU gives at most: tensor cores with operands in place, the GEMM's main loop, a copy."""
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.probe import measure_limits
+
+    Console(highlight=False).print("\n".join(measure_limits(repeats).header()))
+
+
+@app.command("host")
+def host(rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64, repeats: Repeats = 30) -> None:
+    """Measure what an eager call of a layer costs the host."""
+    require_gpu()
+    from rtlynx.bench.host import host_times
+
+    for name, microseconds in host_times(rank, repeats).items():
+        typer.echo(f"{name:<24}{microseconds:6.1f} us")
+
+
+@app.command("plot")
+def plot(results: Annotated[list[Path], typer.Argument(help="CSV files of `rtlynx bench gemm`.", exists=True, dir_okay=False)]) -> None:
+    """Draw result files again; needs no GPU."""
+    from rtlynx.bench.plot import plots
+
+    for path in results:
+        for picture in plots(path):
+            typer.echo(f"wrote {picture}")
+
+
+def require_gpu() -> None:
+    """Refuse to measure on a machine without a GPU."""
+    import torch
+
     from rtlynx.errors import DeviceError
-    from rtlynx.report.table import Column, terminal_table
 
     if not torch.cuda.is_available():
         raise DeviceError("bench: there is no GPU to measure; `rtlynx info` shows what is missing")
-    layers = SHAPES[shapes.value]
-    with tqdm(layers, desc="layers", unit="layer") as progress:
-        rows = [measure_layer(m, n, k, rank, repeats) for m, n, k in progress]
-    columns = [
-        *(Column(key, key.upper()) for key in ("m", "n", "k")),
-        Column("dense_ms", "cuBLAS ms", "{:.3f}"),
-        Column("fp8_ms", "fp8 ms", "{:.3f}"),
-        Column("gemm_ms", "GEMM ms", "{:.3f}"),
-        Column("gemm_tflops", "TFLOP/s", "{:.0f}"),
-        Column("select_ms", "select ms", "{:.3f}"),
-        Column("copy_ms", "copy ms", "{:.3f}"),
-        Column("layer_ms", "layer ms", "{:.3f}"),
-        Column("speedup", "speedup", "{:.2f}"),
-    ]
-    console = Console(highlight=False)
-    console.print(terminal_table(columns, [asdict(row) for row in rows]))
-    speedup, tflops = geometric_mean(row.speedup for row in rows), geometric_mean(row.gemm_tflops for row in rows)
-    console.print(f"geometric mean: speedup {speedup:.3f}, GEMM {tflops:.0f} TFLOP/s")
-    if out is not None:
-        name = "layer.csv" if shapes is ShapeSet.dit else f"layer_{shapes.value}.csv"
-        path = out / gpu_slug() / name
-        write_csv(path, describe(f"rtlynx bench gemm --shapes {shapes.value} --rank {rank} --repeats {repeats}", commit), rows)
-        console.print(f"wrote {path}")

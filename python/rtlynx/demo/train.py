@@ -29,7 +29,7 @@ from .files import whole_folder
 from .flow import FlowTrainer
 from .images import contact_sheet
 from .model import PRESETS, Preset
-from .pipeline import ScenesPipeline
+from .pipeline import DEFAULT_WEIGHTS, ScenesPipeline
 from .training_log import TrainingLog
 
 _LOG = logging.getLogger("rtlynx.demo.train")
@@ -90,8 +90,11 @@ class TrainingRun:
             classifier.save(folder / judging.FILE_NAME)
         self.log.save(self.out)
 
-    def get_classifier(self, steps: int) -> judging.SceneClassifier:
-        """The run's classifier: the one it trained before it was interrupted, or a new one."""
+    def get_classifier(self, steps: int, given: Path | None = None) -> judging.SceneClassifier:
+        """The run's classifier: the one it was given, the one it trained before it was interrupted, or a new one."""
+        if given is not None:
+            self.log.settings["classifier"] = given.name
+            return judging.SceneClassifier.load(given, self.device)
         saved = self.out / "pipeline" / judging.FILE_NAME
         if self.spent and saved.is_file():
             return judging.SceneClassifier.load(saved, self.device)
@@ -182,6 +185,7 @@ def run_training(
     classifier_steps: int = 3000,
     prompts: int = 1024,
     save_every: float = 60.0,
+    classifier_file: Path | None = None,
 ) -> TrainingLog:
     """Train classifier and transformer into the folder ``out`` and return the log; the options are those of `main`."""
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -201,7 +205,7 @@ def run_training(
         "diffusers": diffusers.__version__,
     }
     _LOG.info("%s", run.log.settings)
-    classifier = run.get_classifier(classifier_steps)
+    classifier = run.get_classifier(classifier_steps, classifier_file)
     if compile_blocks and target.type == "cuda":
         begun = run.elapsed
         run.trainer.compile()
@@ -246,11 +250,15 @@ def main(
     classifier_steps: Annotated[int, typer.Option(help="Training steps of the classifier.")] = 3000,
     prompts: Annotated[int, typer.Option(help="Held-out prompts of each evaluation.")] = 1024,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
+    shipped_classifier: Annotated[
+        bool, typer.Option("--shipped-classifier", help="Judge by the classifier that ships with the package instead of training one.")
+    ] = False,
 ) -> None:
     """Train the demo's text-to-image model and the classifier that judges it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     size = _preset(preset, width, double, single, batch, lr)
-    run_training(out, size, minutes, seed, device, steps, resume, compile_blocks, classifier_steps, prompts, save_every)
+    given = DEFAULT_WEIGHTS / judging.FILE_NAME if shipped_classifier else None
+    run_training(out, size, minutes, seed, device, steps, resume, compile_blocks, classifier_steps, prompts, save_every, given)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rtlynx.apply import applied_config, apply, remove
 from rtlynx.config import SparsityConfig
+from rtlynx.derived import Derived
 from rtlynx.eligibility import sparse_layers, unsupported
 from rtlynx.errors import CompensationMismatchError, InvalidArgumentError
 from rtlynx.linear import SparseLinear
@@ -136,10 +137,10 @@ class RTLynxQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         apply(model, self.quantization_config.sparsity)
         for name, layer in sparse_layers(model).items():
-            layer.score = None  # there is no weight yet to compute it from, and nothing in the checkpoint to fill it with
+            layer.set_score(None)  # there is no weight yet to compute it from, and nothing in the checkpoint to fill it with
             for tensor, shape in _shapes(layer, self.quantization_config.sparsity.rank).items():
                 if f"{name}.{tensor}" in self._checkpoint_keys:
-                    _set(layer, tensor, torch.empty(shape, dtype=layer.weight.dtype, device="meta"))
+                    _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.weight.dtype), device="meta"))
         return model
 
     def check_if_quantized_param(
@@ -162,8 +163,8 @@ class RTLynxQuantizer(DiffusersQuantizer):
     ) -> None:
         """Set one compensation tensor in the checkpoint's own shape."""
         layer, _, tensor = param_name.rpartition(".")
-        # `param_value` has been cast to the model's dtype, but selection reads a float32 shift.
-        value = state_dict[param_name].float() if tensor == "shift" else param_value
+        # `param_value` has been cast to the model's dtype, but selection reads a float32 shift and whole numbers.
+        value = state_dict[param_name].to(_BUFFERS[tensor]) if tensor in _BUFFERS else param_value
         _set(model.get_submodule(layer), tensor, value.to(target_device))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -178,6 +179,7 @@ class RTLynxQuantizer(DiffusersQuantizer):
             if layer.selection == "weight" and layer.weight.is_meta:
                 got = f"one that offloads {name}"
                 raise InvalidArgumentError("RTLynxConfig", "device_map", got, 'whole layers on a device, for selection="weight"')
+            layer.derived = Derived.of(layer)
             layer.update_score()
         model.register_to_config(quantization_config=AppliedConfig(model, sparsity))
         model.is_quantized = False  # its weights are plain: casts and fused projections, which this would refuse, work
@@ -200,15 +202,19 @@ class RTLynxQuantizer(DiffusersQuantizer):
         return True
 
 
+_BUFFERS = {"shift": torch.float32, "permutation": torch.int64}
+"""Compensation tensors that are buffers, with dtypes of their own."""
+
+
 def _shapes(layer: SparseLinear, rank: int) -> dict[str, tuple[int, ...]]:
     """Compensation tensor → its shape, of those this layer may have."""
     k, n = layer.in_features, layer.out_features
-    branch: dict[str, tuple[int, ...]] = {} if layer.branch == "none" else {"comp_down": (rank, k), "comp_up": (n, rank)}
-    return {**branch, "comp_bias": (n,), "shift": (k,)}
+    branch: dict[str, tuple[int, ...]] = {} if layer.branch == "none" else {"comp_down": (k, rank), "comp_up": (n, rank)}
+    return {**branch, "comp_bias": (n,), "sparse_weight": (n, k), "shift": (k,), "permutation": (k,)}
 
 
 def _set(layer: nn.Module, tensor: str, value: Tensor) -> None:
-    setattr(layer, tensor, value if tensor == "shift" else nn.Parameter(value, requires_grad=False))
+    setattr(layer, tensor, value if tensor in _BUFFERS else nn.Parameter(value, requires_grad=False))
 
 
 def _check_compensation(name: str, layer: SparseLinear) -> None:
@@ -220,8 +226,9 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
     problem = layer.branch_problem(layer.comp_down, layer.comp_up)
     if problem is not None:
         raise CompensationMismatchError(f"{name}: the checkpoint's comp_down and comp_up: got {problem[0]}, expected {problem[1]}")
-    if (layer.shift is None) != (layer.comp_bias is None):
-        raise CompensationMismatchError(f"{name}: the checkpoint has only one of shift and comp_bias")
+    for needs, needed in (("shift", "comp_bias"), ("permutation", "sparse_weight")):
+        if getattr(layer, needs) is not None and getattr(layer, needed) is None:
+            raise CompensationMismatchError(f"{name}: the checkpoint has {needs} without {needed}")
     for tensor, shape in _shapes(layer, layer.rank).items():
         value: Tensor | None = getattr(layer, tensor)
         if value is None:

@@ -11,7 +11,7 @@ from rtlynx.recipes.hunyuan_video import HUNYUAN_VIDEO
 from rtlynx.recipes.ltx import LTX
 from rtlynx.recipes.pixart import PIXART
 from rtlynx.recipes.qwen_image import QWEN_IMAGE
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import Clock, Recipe
 from rtlynx.recipes.sd3 import SD3
 from rtlynx.recipes.wan import WAN
 from rtlynx.recipes.z_image import Z_IMAGE
@@ -28,6 +28,7 @@ __all__ = [
     "SD3",
     "WAN",
     "Z_IMAGE",
+    "Clock",
     "Recipe",
     "find_recipe",
 ]

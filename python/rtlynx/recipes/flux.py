@@ -2,11 +2,11 @@
 single-stream blocks. Chroma has the same blocks and, in place of their modulation layers, one `distilled_guidance_layer`: it sees a row per
 modulation vector (344 of them), neither one per sample nor one per token, and no pattern here names it."""
 
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import Clock, Recipe
 
 FLUX = Recipe(
     name="flux",
-    classes=("FluxTransformer2DModel", "ChromaTransformer2DModel"),
+    classes=("FluxTransformer2DModel", "FluxControlNetModel", "ChromaTransformer2DModel"),
     include=(
         "transformer_blocks.*.attn.{to_q,to_k,to_v,to_qkv,to_out.0}",
         "transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj,to_added_qkv,to_add_out}",
@@ -24,4 +24,5 @@ FLUX = Recipe(
     # attn.to_out and the MLP down projection of a single-stream block are one layer here: proj_out over their concatenation.
     paper_skip=("single_transformer_blocks.*.proj_out",),
     shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    clock=Clock(noise=1.0),
 )

@@ -1,6 +1,6 @@
 """FLUX.2: double-stream blocks, then many single-stream blocks whose attention and feed-forward are two wide layers."""
 
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import Clock, Recipe
 
 FLUX2 = Recipe(
     name="flux2",
@@ -19,4 +19,5 @@ FLUX2 = Recipe(
     ),
     ends=("x_embedder", "context_embedder", "proj_out"),
     shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    clock=Clock(noise=1.0),
 )

@@ -1,6 +1,6 @@
 """Qwen-Image: double-stream blocks throughout."""
 
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import Clock, Recipe
 
 QWEN_IMAGE = Recipe(
     name="qwen-image",
@@ -13,4 +13,5 @@ QWEN_IMAGE = Recipe(
     per_sample=("transformer_blocks.*.{img_mod,txt_mod}.1", "norm_out.linear", "time_text_embed.**"),
     ends=("img_in", "txt_in", "proj_out"),
     shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    clock=Clock(noise=1.0),
 )

@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Clock:
+    """How a model is told how noisy its input is, which grows in a straight line from picture to noise.
+
+    Attributes:
+        argument: Of the model's forward.
+        noise: Its value for pure noise.
+        picture: Its value for a picture without noise.
+    """
+
+    argument: str = "timestep"
+    noise: float = 1000.0
+    picture: float = 0.0
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The linear layers of one model family, as globs over full dotted names (`rtlynx.patterns`).
 
@@ -18,6 +33,7 @@ class Recipe:
         paper_skip: Layers RT-Lynx (arXiv 2605.26632) keeps dense by hand, for ``SparsityConfig(skip=...)``. The paper names
             kinds of layers rather than paths: this is our reading of it.
         shared_inputs: Groups of layers, relative to their block, that read the same tensor.
+        clock: How it is told the time.
     """
 
     name: str
@@ -27,3 +43,4 @@ class Recipe:
     ends: tuple[str, ...] = ()
     paper_skip: tuple[str, ...] = ()
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    clock: Clock = Clock()

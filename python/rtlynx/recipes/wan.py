@@ -1,7 +1,6 @@
 """Wan 2.1 and 2.2: self-attention over the video, cross-attention to the text and, in 2.1's image-to-video models, to an image.
 
-The 14B pipelines of Wan 2.2 hold two of these models, for high and low noise: `rtlynx.apply(pipe)` serves ``pipe.transformer``, and
-``pipe.transformer_2`` is to be given on its own.
+The 14B pipelines of Wan 2.2 hold two of these models, for high and low noise; `rtlynx.apply(pipe)` serves both.
 """
 
 from rtlynx.recipes.recipe import Recipe

@@ -1,6 +1,6 @@
 """Z-Image: single-stream blocks after two short refiners, one for image and one for text tokens."""
 
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import Clock, Recipe
 
 Z_IMAGE = Recipe(
     name="z-image",
@@ -13,4 +13,5 @@ Z_IMAGE = Recipe(
     ends=("all_x_embedder.*", "all_final_layer.*.linear", "cap_embedder.1", "siglip_embedder.1"),
     paper_skip=("layers.*.attention.to_out.0", "layers.*.feed_forward.w2"),
     shared_inputs=(("attention.to_q", "attention.to_k", "attention.to_v"), ("feed_forward.w1", "feed_forward.w3")),
+    clock=Clock("t", noise=0.0, picture=1.0),
 )

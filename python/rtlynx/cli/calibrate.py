@@ -1,0 +1,50 @@
+"""``rtlynx calibrate``: from a model and prompts to a compensation file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A pipeline: a name on the Hugging Face hub, a folder, or `demo`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The compensation file to write.", dir_okay=False)],
+    prompts: Annotated[Path | None, typer.Option(help="A text file with one prompt a line.", exists=True, dir_okay=False)] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many of the prompts to use.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense runs.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per run.")] = 1,
+    method: Annotated[str, typer.Option(help="split, paper, refit, joint, paper-trained or plain (docs/calibration.md).")] = "split",
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch, a multiple of 16.")] = 64,
+    selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
+    bias: Annotated[bool, typer.Option(help="Also fit a bias.")] = False,
+    skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; can be given again.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
+    samples_on_cpu: Annotated[bool, typer.Option(help="Keep samples in the machine's memory instead of the GPU's.")] = False,
+    device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the noise and of the sampled tokens.")] = 0,
+) -> None:
+    """Fit the compensation of a model to its own activations. An interrupted run goes on when it is started again."""
+    import rtlynx
+    from rtlynx.cli.pipelines import load_pipeline, read_prompts
+
+    texts = read_prompts(prompts, model, count, seed)
+    pipe = load_pipeline(model, device, dtype)
+    rtlynx.apply(pipe, rtlynx.SparsityConfig(rank=rank, skip=tuple(skip or ())))
+    compensation = rtlynx.calibrate(
+        pipe,
+        texts,
+        method=method,
+        rank=rank,
+        selection=tuple(option for option in selection.split(",") if option),
+        bias=bias,
+        output=output,
+        seed=seed,
+        batch_size=batch_size,
+        memory=None if memory is None else int(memory * 2**30),
+        samples_device="cpu" if samples_on_cpu else None,
+        num_inference_steps=steps,
+    )
+    typer.echo(f"wrote {output}: {compensation.method} for {len(compensation.layers)} layers")

@@ -1,0 +1,98 @@
+"""Dense steps: the start and the end of sampling can be left to the dense model (`SparsityConfig.dense_first` and ``dense_last``).
+
+A step is told by what the transformer is told: its timestep, which the recipe's `Clock` reads as the share of noise in the picture, 1 at
+the start and 0 at the end. With evenly spaced noise levels ``dense_last=0.1`` is the last tenth of the steps. Schedules that are shifted
+towards noise, as FLUX.1's are at high resolution, spend more steps near 1: with a shift of s a share u of the steps is over when the noise
+level is s(1 - u) / (1 + (s - 1)(1 - u)).
+
+A hook decides before the transformer runs. Compiled models keep it outside their graphs and have two versions of each, dense and sparse.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.config import SparsityConfig
+from rtlynx.eligibility import sparse_layers
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.recipes import find_recipe
+
+_HOOK, _NOW = "rtlynx_dense_steps", "rtlynx_dense_now"
+"""Attributes of the transformer: its hook's handle, and whether the last step was dense."""
+_ROUNDING = 2.0**-9
+"""What bfloat16 may move a noise level by."""
+
+
+def install_dense_steps(root: nn.Module, config: SparsityConfig | None) -> None:
+    """Let the sparse layers of ``root`` compute densely at the steps ``config`` says, at none with None.
+
+    Raises:
+        InvalidArgumentError: The model's forward does not take the argument that its recipe reads the time from.
+    """
+    handle = root.__dict__.pop(_HOOK, None)
+    if handle is not None:
+        handle.remove()
+        _switch(root, False)
+    root.__dict__.pop(_NOW, None)
+    if config is not None and (config.dense_first or config.dense_last):
+        check_clock(root, config)
+        # Reading the time waits for the device, which no graph can do.
+        hook = torch.compiler.disable(functools.partial(_before_step, first=config.dense_first, last=config.dense_last))
+        root.__dict__[_HOOK] = root.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def check_clock(root: nn.Module, config: SparsityConfig) -> None:
+    """Refuse dense steps for a model that is not told the time.
+
+    Raises:
+        InvalidArgumentError: Its forward does not take the argument that its recipe reads the time from.
+    """
+    argument = find_recipe(root).clock.argument
+    if (config.dense_first or config.dense_last) and argument not in inspect.signature(root.forward).parameters:
+        got = f"dense steps for {type(root).__name__}"
+        raise InvalidArgumentError("apply", "config", got, f"a model whose forward takes {argument!r}")
+
+
+def is_dense(noise_level: float, first: float, last: float) -> bool:
+    """Whether the step that starts at a noise level is among the first or the last share of the way."""
+    return noise_level > 1 - first + _ROUNDING or noise_level < last + _ROUNDING * (last > 0)
+
+
+def _before_step(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: float, last: float) -> None:
+    level = noise_level(root, args, kwargs)
+    if level is None:
+        return
+    now = is_dense(level, first, last)
+    if now != root.__dict__.get(_NOW, False):
+        root.__dict__[_NOW] = now
+        _switch(root, now)
+
+
+def noise_level(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """The highest noise level in a call of ``root``; None where it cannot be read: on the meta device, while a CUDA graph is captured.
+
+    Video models may give every token a time of its own: what is generated has the highest, what is given has none.
+    """
+    clock = find_recipe(root).clock
+    time = kwargs[clock.argument] if clock.argument in kwargs else _positional(root, args, clock.argument)
+    if isinstance(time, Tensor):
+        if time.is_meta or (time.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        time = time.detach().float()
+        time = float(time.max() if clock.noise > clock.picture else time.min())
+    return None if time is None else (time - clock.picture) / (clock.noise - clock.picture)
+
+
+def _positional(root: nn.Module, args: tuple[Any, ...], argument: str) -> Any:
+    position = list(inspect.signature(root.forward).parameters).index(argument)
+    return args[position] if position < len(args) else None
+
+
+def _switch(root: nn.Module, dense: bool) -> None:
+    for layer in sparse_layers(root).values():
+        layer.dense_step = dense

@@ -1,0 +1,49 @@
+"""From how many tokens on a layer is faster sparse than dense."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+NEVER = 2**63 - 1
+"""More tokens than there are: a layer that is never faster sparse."""
+
+
+def least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype) -> int:
+    """The smallest M with which the sparse layer is at least as fast as the dense one; 0 where it always is, or nothing is known, and
+    `NEVER` where it never is.
+
+    Args:
+        device: Where the layer runs. On a CPU the reference runs, which is not about speed: 0.
+        n: Output channels.
+        k: Input channels.
+        rank: Rank of the branch; 0 without one.
+        dtype: Of the weight.
+
+    Raises:
+        InvalidArgumentError: There is no kernel for such a layer.
+        DeviceError: There is none for this GPU.
+    """
+    return _least_tokens(device, n, k, rank, dtype)
+
+
+torch.compiler.assume_constant_result(least_tokens)  # marks it: a compiled layer holds the number and guards on nothing but M
+
+
+@functools.lru_cache(maxsize=4096)
+def _least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype) -> int:
+    if device.type != "cuda":
+        return 0
+    try:
+        from rtlynx import _core
+    except ImportError:  # the op that is called instead says what to do about it
+        return 0
+    return _core.least_tokens(
+        capability=torch.cuda.get_device_capability(device),
+        sms=torch.cuda.get_device_properties(device).multi_processor_count,
+        n=n,
+        k=k,
+        rank=rank,
+        dtype=str(dtype).removeprefix("torch."),
+    )
