@@ -14,6 +14,7 @@ from tiny_models import TINY, output, relative_error
 
 FAMILIES = sorted(TINY)
 DTYPES = [torch.bfloat16, torch.float16]
+ALWAYS = rtlynx.SparsityConfig(small_m="sparse")  # layers as small as these are faster dense
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def on_the_reference() -> Iterator[None]:
 def test_kernels_compute_what_the_reference_computes(family: str, dtype: torch.dtype) -> None:
     tiny = TINY[family]
     model, inputs = tiny.build("cuda", dtype), tiny.inputs("cuda", dtype)
-    rtlynx.apply(model)
+    rtlynx.apply(model, ALWAYS)
     got = output(model, inputs)
     with on_the_reference():
         want = output(model, inputs)
@@ -46,7 +47,7 @@ def test_apply_forward_remove_round_trip(family: str) -> None:
     tiny = TINY[family]
     model, inputs = tiny.build("cuda", torch.bfloat16), tiny.inputs("cuda", torch.bfloat16)
     dense = output(model, inputs)
-    rtlynx.apply(model)
+    rtlynx.apply(model, ALWAYS)
     rows = [row for row in rtlynx.summary(model, tokens=512) if row.sparse]
     assert len(rows) == tiny.sparse_layers
     assert all(row.kernel.startswith("spmm_sm") for row in rows)
@@ -62,7 +63,7 @@ def test_calibration_lowers_the_error(family: str, method: str) -> None:
     tiny = TINY[family]
     model, inputs = tiny.build("cuda", torch.bfloat16), tiny.inputs("cuda", torch.bfloat16)
     dense = output(model, inputs)
-    rtlynx.apply(model, rtlynx.SparsityConfig(branch="input" if method == "paper" else "dropped"))
+    rtlynx.apply(model, rtlynx.SparsityConfig(branch="input" if method == "paper" else "dropped", small_m="sparse"))
     before = relative_error(output(model, inputs), dense)
     rtlynx.calibrate(model, run=lambda: output(model, inputs), method=method, rank=64, progress=False)
     assert relative_error(output(model, inputs), dense) < before
@@ -71,7 +72,7 @@ def test_calibration_lowers_the_error(family: str, method: str) -> None:
 def test_a_compiled_model_matches_eager() -> None:
     tiny = TINY["flux"]
     model, inputs = tiny.build("cuda", torch.bfloat16), tiny.inputs("cuda", torch.bfloat16)
-    rtlynx.apply(model)
+    rtlynx.apply(model, ALWAYS)
     eager = output(model, inputs)
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True)

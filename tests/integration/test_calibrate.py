@@ -6,7 +6,9 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -127,7 +129,7 @@ def test_statistics_come_from_the_dense_model_and_hooks_go_away() -> None:
 def test_little_memory_means_more_passes_and_the_same_result() -> None:
     inputs = TINY["flux"].inputs("cpu", F32)
     results = []
-    for memory in (None, 4 * 640**2):
+    for memory in (None, 8192 * 640 * 4):
         pipe = Pipe()
         rtlynx.apply(pipe, SparsityConfig(rank=16))
         runs = []
@@ -136,7 +138,6 @@ def test_little_memory_means_more_passes_and_the_same_result() -> None:
             run=lambda runs=runs, pipe=pipe: runs.append(output(pipe.transformer, inputs)),
             memory=memory,
             progress=False,
-            max_tokens=50,
         )
         results.append((len(runs), compensation))
     assert results[0][0] == 1 and results[1][0] > 2
@@ -176,8 +177,7 @@ def test_few_tokens_and_unused_layers_are_reported(caplog: pytest.LogCaptureFixt
         rtlynx.calibrate(module, run=lambda: (module["used"](torch.randn(20, 64)), module["small"](torch.randn(200, 64))), progress=False)
     assert "1 layers saw fewer than 2 tokens per channel, first used" in caplog.text
     assert "unused was never called" in caplog.text
-    assert "small is too small for a branch" in caplog.text
-    assert [module[name].rank for name in ("used", "unused", "small")] == [64, 0, 0]
+    assert [module[name].rank for name in ("used", "unused", "small")] == [64, 0, 16]
 
 
 @pytest.mark.parametrize(
@@ -188,9 +188,10 @@ def test_few_tokens_and_unused_layers_are_reported(caplog: pytest.LogCaptureFixt
         ({"prompts": []}, "at least one"),
         ({"prompts": ["a"], "method": "magic"}, "'magic'"),
         ({"prompts": ["a"], "rank": 10}, "multiple of 16"),
-        ({"prompts": ["a"], "rank": 0}, "a branch to fit"),
+        ({"prompts": ["a"], "rank": 0}, "something to fit"),
+        ({"prompts": ["a"], "selection": ("magic",)}, "'magic'"),
         ({"prompts": ["a"], "batch_size": 0}, "at least one"),
-        ({"prompts": ["a"], "max_tokens": 0}, "max_tokens"),
+        ({"prompts": ["a"], "tokens_per_channel": 0}, "tokens_per_channel"),
         ({"run": print, "steps": 3}, "steps"),
     ],
 )
@@ -208,8 +209,61 @@ def test_models_that_are_not_ready() -> None:
     with pytest.raises(InvalidArgumentError, match="stayed dense"):
         rtlynx.calibrate(rtlynx.apply(nn.Sequential(nn.Linear(3, 3)), SparsityConfig(include=("0",))), run=print)
     rtlynx.apply(module, SparsityConfig(branch="none"))
-    with pytest.raises(InvalidArgumentError, match="a branch to fit"):
+    with pytest.raises(InvalidArgumentError, match="something to fit"):
         rtlynx.calibrate(module, run=print)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    inputs = TINY["flux"].inputs("cpu", F32)
+    path, memory = tmp_path / "tiny.safetensors", 8192 * 640 * 4
+
+    def calibrate(pipe: Pipe, fail_at: int | None = None, **options: Any) -> tuple[Compensation, int]:
+        runs = []
+
+        def run() -> None:
+            runs.append(1)
+            if len(runs) == fail_at:
+                raise KeyboardInterrupt
+            output(pipe.transformer, inputs)
+
+        return rtlynx.calibrate(pipe, run=run, memory=memory, progress=False, **options), len(runs)
+
+    def fresh() -> Pipe:
+        return rtlynx.apply(Pipe(), SparsityConfig(rank=16))
+
+    at_once, passes = calibrate(fresh())
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(fresh(), fail_at=passes, output=path)
+    assert not path.exists() and len(list(tmp_path.glob("*.work/*.safetensors"))) > 10
+    with pytest.raises(InvalidArgumentError, match="other settings"):
+        calibrate(fresh(), output=path, seed=1)
+    resumed, passes_left = calibrate(fresh(), output=path)
+    assert passes_left == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    saved = Compensation.load(path)
+    assert saved.made_with["method"] == "split" and saved.made_with == resumed.made_with
+    for name, tensor in at_once.tensors.items():
+        assert torch.equal(tensor, resumed.tensors[name]) and torch.equal(tensor, saved.tensors[name]), name
+
+
+@pytest.mark.parametrize("method", ["split", "joint"])
+def test_everything_calibration_finds_travels_in_the_file(method: str, tmp_path: Path) -> None:
+    pipe, inputs = rtlynx.apply(Pipe(), SparsityConfig(rank=16)), TINY["flux"].inputs("cpu", F32)
+    options = {"method": method, "selection": ("shift", "permutation"), "bias": True}
+    rtlynx.calibrate(pipe, run=lambda: output(pipe.transformer, inputs), progress=False, output=tmp_path / "all.safetensors", **options)  # type: ignore[arg-type]
+    want = output(pipe.transformer, inputs)
+    loaded = rtlynx.load_compensation(Pipe(), tmp_path / "all.safetensors")
+    assert loaded.method == method
+    kinds = {key.rpartition(".")[2] for key in loaded.tensors}
+    expected = {"comp_down", "comp_up", "comp_bias", "shift", "permutation"}
+    assert kinds == (expected | {"sparse_weight"} if method == "joint" else expected)  # a permuted weight is made again, not stored
+    other = Pipe()
+    rtlynx.load_compensation(other, tmp_path / "all.safetensors")
+    assert torch.equal(output(other.transformer, inputs), want)
+    again = rtlynx.apply(Pipe(), replace(SparsityConfig(rank=16), small_m="sparse"))
+    for _ in range(2):  # by state dict, into layers without and with a compensation
+        again.transformer.load_state_dict(pipe.transformer.state_dict())
+        assert torch.equal(output(again.transformer, inputs), want)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------------------
@@ -270,10 +324,52 @@ def test_other_arithmetic_is_refused(calibrated: Calibrated) -> None:
 def test_other_files_are_refused(tmp_path: Path, calibrated: Calibrated) -> None:
     (tmp_path / "text").write_text("not a tensor in sight, but long enough to be read as a header")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain")
-    metadata = {"format": "rtlynx-compensation", "format_version": "99", "config": json.dumps({}), "layers": "{}"}
-    save_file({"a": torch.zeros(1)}, tmp_path / "newer", metadata)
-    for name, piece in (("text", "not a safetensors file"), ("plain", "not a compensation file"), ("newer", "format version 99")):
+    for name, version in (("older", "1"), ("newer", "99")):  # in version 1 comp_down was (r, K)
+        metadata = {"format": "rtlynx-compensation", "format_version": version, "config": json.dumps({}), "layers": "{}"}
+        save_file({"a": torch.zeros(1)}, tmp_path / name, metadata)
+    pieces = {"text": "not a safetensors file", "plain": "not a compensation file", "older": "version 1, ", "newer": "version 99, "}
+    for name, piece in pieces.items():
         with pytest.raises(CompensationMismatchError, match=piece):
             Compensation.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Compensation.load(tmp_path / "absent")
+
+
+# ---- pipelines with two transformers ----------------------------------------------------------------------------------------------------
+
+
+def test_two_transformers_are_one_compensation(tmp_path: Path) -> None:
+    tiny, path = TINY["flux"], tmp_path / "both.safetensors"
+    inputs = tiny.inputs("cpu", F32)
+
+    def two() -> Any:
+        pipe = SimpleNamespace(transformer=tiny.build("cpu", F32), transformer_2=tiny.build("cpu", F32))
+        with torch.no_grad():
+            for parameter in pipe.transformer_2.parameters():
+                parameter.mul_(1.1)
+        return pipe
+
+    def outputs(pipe: Any) -> torch.Tensor:
+        return torch.stack([output(pipe.transformer, inputs), output(pipe.transformer_2, inputs)])
+
+    pipe = rtlynx.apply(two(), SparsityConfig(rank=16))
+    rtlynx.calibrate(pipe, run=lambda: outputs(pipe), progress=False, output=path)
+    want, saved = outputs(pipe), Compensation.load(path)
+    first, second = ({n for n in saved.layers if n.startswith("transformer_2.") is is_second} for is_second in (False, True))
+    assert second == {f"transformer_2.{name}" for name in first} and len(first) == tiny.sparse_layers
+    for other in (two(), rtlynx.apply(two())):  # into dense models, and into sparse ones
+        rtlynx.load_compensation(other, path)
+        assert torch.equal(outputs(other), want)
+    swapped = two()
+    swapped.transformer, swapped.transformer_2 = swapped.transformer_2, swapped.transformer
+    with pytest.raises(CompensationMismatchError, match="other weights"):
+        rtlynx.load_compensation(swapped, path)
+    assert not sparse_layers(swapped.transformer) and not sparse_layers(swapped.transformer_2)
+
+    alone = two()  # only one of them sparse: the other is left out
+    rtlynx.apply(alone.transformer, SparsityConfig(rank=16))
+    rtlynx.calibrate(alone, run=lambda: outputs(alone), progress=False)
+    assert set(Compensation.from_model(alone).layers) == first
+    rtlynx.apply(alone.transformer_2, SparsityConfig(rank=32))
+    with pytest.raises(InvalidArgumentError, match="different configurations"):
+        rtlynx.save_compensation(alone, tmp_path / "mixed.safetensors")

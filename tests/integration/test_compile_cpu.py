@@ -21,7 +21,7 @@ def fresh_dynamo() -> None:
 def layer(config: SparsityConfig | None = None) -> SparseLinear:
     torch.manual_seed(0)
     layer = SparseLinear.from_linear(nn.Linear(128, 64), config)
-    layer.set_compensation(torch.randn(16, 128) / 8, torch.randn(64, 16) / 8, torch.randn(128))
+    layer.set_compensation(torch.randn(128, 16) / 8, torch.randn(64, 16) / 8, torch.randn(128))
     return layer
 
 

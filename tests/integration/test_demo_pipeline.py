@@ -223,6 +223,12 @@ class TestTraining:
             assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118 (not a dict)
         ScenesPipeline.from_pretrained(tmp_path / "pipeline")
 
+    def test_a_given_classifier_is_the_judge_and_is_not_trained(self, tmp_path: Path) -> None:
+        run = TrainingRun(tmp_path, replace(_TINY, batch=2), torch.device("cpu"), seed=0, minutes=1.0, steps=None)
+        classifier = run.get_classifier(steps=10**9, given=DEFAULT_WEIGHTS / FILE_NAME)
+        shipped = SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME)
+        assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), shipped.parameters(), strict=True))
+
     def test_resuming_nothing_or_another_run_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgumentError, match="wrote a checkpoint"):
             run_training(tmp_path, _TINY, device="cpu", resume=True)

@@ -101,3 +101,102 @@ def test_compensation_files_do_not_mind_adapters(tmp_path: Any) -> None:
     wrapped.fuse_lora()
     with pytest.raises(rtlynx.CompensationMismatchError, match="fused LoRA"):
         rtlynx.load_compensation(wrapped, tmp_path / "c.safetensors")
+
+
+# ---- what was prepared from a weight follows it -----------------------------------------------------------------------------------------
+
+
+def prepared(layer: SparseLinear, rank: int = 0) -> None:
+    rng = torch.Generator().manual_seed(5)
+    k, n = layer.in_features, layer.out_features
+    branch = (torch.randn(k, rank, generator=rng) / 9, torch.randn(n, rank, generator=rng)) if rank else (None, None)
+    layer.set_compensation(*branch, torch.randn(k, generator=rng), permutation=torch.randperm(k, generator=rng))
+
+
+def test_prepared_weights_follow_a_fused_adapter(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = flux()
+    rtlynx.apply(model, SparsityConfig(selection="weight"))
+    add_lora(model)
+    to_q = model.transformer_blocks[0].attn.to_q
+    layer = to_q.base_layer
+    prepared(layer)
+    own = torch.randn(128)
+    layer.comp_bias.data += own  # as calibration with bias=True adds
+    state = layer.state_dict()
+    layer.load_state_dict(state)
+    before = {
+        name: layer.get_buffer(name).clone() if name == "score" else layer.get_parameter(name).clone() for name in ("score", "comp_bias")
+    }
+    with caplog.at_level("WARNING", "rtlynx"):
+        model.fuse_lora()
+        want = SparseLinear.from_linear(torch.nn.Linear(128, 128), SparsityConfig(selection="weight"))
+        want.weight, want.bias = layer.weight, layer.bias
+        want.set_compensation(shift=layer.shift, permutation=layer.permutation)
+        assert torch.equal(layer.sparse_weight, want.sparse_weight)
+        torch.testing.assert_close(layer.comp_bias, want.comp_bias + own)
+        group = [to_q, model.transformer_blocks[0].attn.to_k, model.transformer_blocks[0].attn.to_v]
+        norms = torch.cat([getattr(m, "base_layer", m).weight for m in group]).norm(dim=0)
+        torch.testing.assert_close(layer.score, norms[layer.permutation].detach())
+        assert not torch.allclose(layer.score, before["score"])
+        model.unfuse_lora()
+    torch.testing.assert_close(layer.score, before["score"])
+    torch.testing.assert_close(layer.comp_bias, before["comp_bias"])
+    torch.testing.assert_close(layer.sparse_weight, layer.weight[:, layer.permutation], rtol=0, atol=0)
+    assert "refresh" not in caplog.text  # nothing here was fitted
+
+
+def test_a_fused_adapter_warns_of_a_branch_fitted_without_it(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = flux()
+    rtlynx.apply(model, SparsityConfig(rank=16))
+    rtlynx.calibrate(model, run=lambda: output(model, inputs), progress=False)
+    add_lora(model)
+    with caplog.at_level("WARNING", "rtlynx"):
+        model.fuse_lora()
+    touched = 1 * 2 + 1 + 2 * 3  # to_q, to_k and the MLP of the double-stream block, three in each single-stream block
+    assert f"the compensation of {touched} layers was fitted to other weights (first transformer_blocks.0.attn.to_q)" in caplog.text
+    caplog.clear()
+    model.unfuse_lora()
+    assert "refresh" not in caplog.text
+    model.unload_lora()
+    rtlynx.calibrate(model, run=lambda: output(model, inputs), progress=False)
+    assert rtlynx.refresh(model) is model
+    assert "refresh" not in caplog.text
+
+
+def test_refresh_after_a_change_nobody_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = flux()
+    rtlynx.apply(model)
+    layer = model.transformer_blocks[0].attn.to_q
+    prepared(layer, rank=16)
+    stale = layer.sparse_weight.clone()
+    layer.weight.data = layer.weight.data * 1.5
+    rtlynx.refresh(model)
+    assert "of 1 layers was fitted to other weights" in caplog.text
+    assert torch.equal(layer.sparse_weight, layer.weight[:, layer.permutation])
+    assert not torch.equal(layer.sparse_weight, stale)
+
+
+def test_adapters_fuse_into_dense_models_as_ever() -> None:
+    rtlynx.apply(flux()[0])  # its class refreshes from now on
+    model, inputs = flux()
+    add_lora(model)
+    want = output(model, inputs)
+    model.fuse_lora()
+    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_and_their_weights() -> None:
+    model, inputs = flux()
+    rtlynx.apply(model)
+    alone = output(model, inputs)
+    for name in ("one", "two"):
+        add_lora(model, name)
+    outputs = {}
+    for names, weights in ((["one"], None), (["one", "two"], [0.5, 2.0]), (["one", "two"], [0.0, 0.0])):
+        model.set_adapters(names, weights)
+        outputs[str(weights)] = output(model, inputs)
+    assert relative_error(outputs["None"], alone) > 1e-3
+    assert relative_error(outputs["[0.5, 2.0]"], outputs["None"]) > 1e-3
+    torch.testing.assert_close(outputs["[0.0, 0.0]"], alone)
+    model.delete_adapters(["one", "two"])
+    assert sum(isinstance(m, SparseLinear) for m in model.modules()) == TINY["flux"].sparse_layers

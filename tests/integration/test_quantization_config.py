@@ -22,6 +22,7 @@ from torch import nn
 import rtlynx
 from rtlynx import InvalidArgumentError, RTLynxConfig, SparsityConfig
 from rtlynx.apply import applied_config
+from rtlynx.eligibility import sparse_layers
 from tiny_models import TINY, Tiny, output
 
 families = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
@@ -156,6 +157,18 @@ def test_a_broken_compensation_is_refused(vanilla: Path, tmp_path: Path, break_i
     save_file(state, tmp_path / "saved" / WEIGHTS, {"format": "pt"})
     with pytest.raises(rtlynx.CompensationMismatchError, match=r"transformer_blocks.*comp_up"):
         load(tmp_path / "saved")
+
+
+def test_shared_branches_ranks_of_single_layers_and_dense_steps_survive(vanilla: Path, tmp_path: Path) -> None:
+    config = RTLynxConfig(rank=16, ranks={"transformer_blocks.*.ff.**": 32}, dense_last=0.1, small_m="sparse")
+    model = calibrated(vanilla, config, selection=("shift", "permutation"))
+    assert {layer.sharing for layer in sparse_layers(model).values()} == {1, 3, 4}
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(out(again), out(model)) and applied_config(again) == applied_config(model)
+    layers = sparse_layers(again)
+    assert {layer.sharing for layer in layers.values()} == {1, 3, 4} and {layer.rank for layer in layers.values()} == {16, 32}
+    assert len(again._forward_pre_hooks) == 1
 
 
 def test_reload_needs_the_registration(vanilla: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_applying_again_applies_the_new_configuration_instead() -> None:
 def test_applying_again_keeps_a_compensation_only_where_it_is_right(caplog: pytest.LogCaptureFixture) -> None:
     config = SparsityConfig(include=("**",), rank=16)
     module = rtlynx.apply(model(), config)
-    module[0].to_q.set_compensation(torch.ones(16, 64), torch.ones(64, 16))
+    module[0].to_q.set_compensation(torch.ones(64, 16), torch.ones(64, 16))
     rtlynx.apply(module, SparsityConfig(include=("**",), skip=("1.**",), rank=16))
     assert module[0].to_q.rank == 16
     with caplog.at_level(logging.WARNING, "rtlynx"):
@@ -224,8 +224,31 @@ def test_a_compiled_wrapper_is_looked_through() -> None:
     assert isinstance(module[0].to_q, SparseLinear)
 
 
-def test_a_second_transformer_is_not_passed_over_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = SimpleNamespace(transformer=model(), transformer_2=nn.Linear(64, 64))
-    rtlynx.apply(pipe)
-    assert "transformer_2 stays as it is" in caplog.text
-    assert type(pipe.transformer_2) is nn.Linear
+def test_a_second_transformer_is_served_too(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = SimpleNamespace(transformer=model(), transformer_2=model())
+    assert rtlynx.apply(pipe, SparsityConfig(include=("**",), skip=("1.**",))) is pipe
+    rows = {row.name: row.sparse for row in rtlynx.summary(pipe)}
+    assert [name for name, sparse in rows.items() if sparse] == [
+        f"{p}0.{n}" for p in ("", "transformer_2.") for n in ("to_q", "to_k", "ff", "out")
+    ]
+    assert len(rows) == 16
+    rtlynx.remove(pipe)
+    assert not any(isinstance(m, SparseLinear) for m in (*pipe.transformer.modules(), *pipe.transformer_2.modules()))
+    # one that has nothing to offer is not passed over in silence, and an error only where no other has
+    pipe.transformer_2 = nn.Conv2d(3, 3, 3)
+    with caplog.at_level(logging.WARNING, "rtlynx"):
+        rtlynx.apply(pipe, EVERYTHING)
+    assert "Conv2d has no layer that the configuration names" in caplog.text
+    for shared in (pipe.transformer, torch.compile(pipe.transformer, backend="eager"), None):
+        pipe.transformer_2 = shared
+        assert len(rtlynx.summary(pipe)) == 8
+
+
+def test_what_refuses_leaves_both_transformers_as_they_were() -> None:
+    pipe = SimpleNamespace(transformer=model(), transformer_2=model())
+    rtlynx.apply(pipe, EVERYTHING)
+    wrapped = pipe.transformer_2[1].out
+    wrapped.forward = wrapped.forward  # what offloading hooks do
+    with pytest.raises(InvalidArgumentError, match="hook"):
+        rtlynx.remove(pipe)
+    assert all(row.sparse for row in rtlynx.summary(pipe))

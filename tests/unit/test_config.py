@@ -82,6 +82,9 @@ def test_malformed_patterns_are_refused_when_the_configuration_is_made(pattern: 
         ("norm_compensation", 1),
         ("skip", "a.string"),
         ("include", ("a", 3)),
+        ("ranks", 16),
+        ("dense_first", -0.1),
+        ("dense_last", 2),
     ],
 )
 def test_invalid_values_name_the_argument(argument: str, value: Any) -> None:
@@ -97,6 +100,9 @@ def test_invalid_values_name_the_argument(argument: str, value: Any) -> None:
         include=st.none() | st.lists(names).map(tuple),
         skip=st.lists(names).map(tuple),
         rank=st.sampled_from([0, 16, 128]),
+        ranks=st.lists(st.tuples(names, st.sampled_from([0, 32]))).map(tuple),
+        dense_first=st.sampled_from([0.0, 0.25]),
+        dense_last=st.floats(0, 1),
         norm_compensation=st.booleans(),
         branch=st.sampled_from(["none", "input", "dropped"]),
         selection=st.sampled_from(["magnitude", "weight"]),
@@ -107,10 +113,18 @@ def test_survives_json(config: rtlynx.SparsityConfig) -> None:
 
 
 def test_unknown_keys_are_refused() -> None:
-    with pytest.raises(rtlynx.InvalidArgumentError, match="ranks"):
-        rtlynx.SparsityConfig.from_dict({"ranks": 16})
+    with pytest.raises(rtlynx.InvalidArgumentError, match="rang"):
+        rtlynx.SparsityConfig.from_dict({"rang": 16})
 
 
 def test_lists_become_tuples_so_that_the_configuration_hashes() -> None:
     config = rtlynx.SparsityConfig(include=["a"], skip=["b"])  # type: ignore[arg-type]
     assert hash(config) == hash(rtlynx.SparsityConfig(include=("a",), skip=("b",)))
+
+
+def test_ranks_of_single_layers_the_first_pattern_counts() -> None:
+    config = rtlynx.SparsityConfig(rank=64, ranks={"a.*": 0, "**.c": 128})
+    assert [config.rank_of(name) for name in ("a.c", "b.c", "b.d")] == [0, 128, 64]
+    assert config.ranks == (("a.*", 0), ("**.c", 128)) and hash(config)
+    with pytest.raises(rtlynx.InvalidArgumentError, match="multiple of 16"):
+        rtlynx.SparsityConfig(ranks={"a": 8})

@@ -24,7 +24,7 @@ def make(config: SparsityConfig | None = None, dtype: torch.dtype = torch.float3
 
 def compensated(config: SparsityConfig | None = None, dtype: torch.dtype = torch.float32, shift: bool = True) -> SparseLinear:
     layer = make(config, dtype)
-    layer.set_compensation(torch.randn(RANK, K) / 8, torch.randn(N, RANK) / 8, torch.randn(K) / 4 if shift else None)
+    layer.set_compensation(torch.randn(K, RANK) / 8, torch.randn(N, RANK) / 8, torch.randn(K) / 4 if shift else None)
     return layer
 
 
@@ -51,7 +51,7 @@ def test_forward_is_the_formula(branch: str, norm_compensation: bool, selection:
         want += layer.shift.double() @ w.T
     if layer.comp_down is not None and layer.comp_up is not None:
         read = z if branch == "input" else z - kept
-        want += read @ layer.comp_down.double().T @ layer.comp_up.double().T
+        want += read @ layer.comp_down.double() @ layer.comp_up.double().T
     torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -143,7 +143,7 @@ def test_state_dict_with_compensation_loads_into_a_layer_without(start: str, shi
     source, target = compensated(config, shift=shift), make(config)
     nn.init.normal_(target.weight)
     if start == "other rank":
-        target.set_compensation(torch.zeros(32, K), torch.zeros(N, 32))
+        target.set_compensation(torch.zeros(K, 32), torch.zeros(N, 32))
     file = io.BytesIO()
     torch.save(source.state_dict(), file)
     file.seek(0)
@@ -155,7 +155,7 @@ def test_state_dict_with_compensation_loads_into_a_layer_without(start: str, shi
 
 def test_state_dict_of_another_layer_is_refused() -> None:
     other = SparseLinear.from_linear(nn.Linear(K, N + 8))
-    other.set_compensation(torch.zeros(RANK, K), torch.zeros(N + 8, RANK))
+    other.set_compensation(torch.zeros(K, RANK), torch.zeros(N + 8, RANK))
     with pytest.raises(RuntimeError, match="comp_up"):
         make().load_state_dict(other.state_dict())
     with pytest.raises(RuntimeError, match="comp_down"):  # a layer without a branch has no place for one
@@ -220,11 +220,12 @@ def test_compensation_does_not_ask_for_gradients_by_itself() -> None:
 @pytest.mark.parametrize(
     ("down", "up", "expected"),
     [
-        ((8, K), (N, 8), "multiple of 16"),
-        ((144, K), (N, 144), "up to 128"),
-        ((16, K), (N, 32), "shapes"),
-        ((16, N), (N, 16), "shapes"),
-        ((16, K), None, "both or neither"),
+        ((K, 8), (N, 8), "multiple of 16"),
+        ((K, 144), (N, 144), "up to 128"),
+        ((K, 16), (N, 32), "shapes"),
+        ((N, 16), (N, 16), "shapes"),
+        ((16, K), (N, 16), "shapes"),  # comp_down transposed
+        ((K, 16), None, "both or neither"),
     ],
 )
 def test_wrong_factors_are_refused_and_change_nothing(down: tuple[int, int], up: tuple[int, int] | None, expected: str) -> None:

@@ -6,26 +6,24 @@ import statistics
 from collections.abc import Callable, Mapping
 
 import torch
-from tqdm import tqdm
 
-_L2_BYTES = 256 << 20  # more than any GPU's L2; writing this much evicts what the last call left there
+# More than any GPU's L2, so that writing it evicts what the last call left there; and so much more that the host has prepared the call,
+# a tenth of a millisecond for a layer of two ops, before the device is done.
+_FLUSH_BYTES = 1 << 30
 
 
-def time_interleaved(
-    functions: Mapping[str, Callable[[], object]], repeats: int = 30, warm_up: int = 5, bar: tqdm[None] | None = None
-) -> dict[str, float]:
+def time_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int = 30, warm_up: int = 5) -> dict[str, float]:
     """Median milliseconds of every function on the current device.
 
     The functions take turns, so that a clock that sags under load sags for all of them. Before each call the L2 cache is overwritten, which
-    also keeps the device busy while the host prepares the launch.
+    also keeps the device busy while the host prepares the launch: what is timed is the device, not Python.
 
     Args:
         functions: Named calls that put work on torch's current stream.
         repeats: Timed calls of each.
         warm_up: Calls of each before that.
-        bar: Advanced by one per function and round.
     """
-    flush = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):
         for name, function in functions.items():
@@ -37,6 +35,4 @@ def time_interleaved(
             end.synchronize()
             if turn >= warm_up:
                 times[name].append(start.elapsed_time(end))
-            if bar is not None:
-                bar.update()
     return {name: statistics.median(values) for name, values in times.items()}

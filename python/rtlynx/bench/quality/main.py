@@ -1,0 +1,86 @@
+"""The whole bench: load a model, measure the rows that are not measured yet, write files and show a table."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tqdm.auto import tqdm
+
+from rtlynx.bench.machine import describe, gpu_slug
+from rtlynx.bench.quality.results import COLUMNS, Results, write_tables
+from rtlynx.bench.quality.rows import recipe_row, rows
+from rtlynx.bench.quality.run import QualityBench, Settings
+from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
+from rtlynx.demo.pipeline import DEFAULT_WEIGHTS, ScenesPipeline
+from rtlynx.demo.place import choose_place
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.recipe_file import read_recipe
+from rtlynx.report import Column, terminal_table
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure: see `rtlynx.cli.bench_quality`."""
+
+    model: str
+    device: str
+    rank: int
+    ranks: tuple[int, ...]
+    only: frozenset[str]
+    recipes: tuple[Path, ...] = ()
+
+
+def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | None, progress: bool = True) -> list[Path]:
+    """Measure and write.
+
+    Returns:
+        The tables written.
+
+    Raises:
+        InvalidArgumentError: The model's folder is not one, or no row has the name asked for.
+        DeviceError: The kernels cannot run on the device asked for.
+    """
+    place = choose_place(wanted.device)
+    source = DEFAULT_WEIGHTS if wanted.model == "small" else Path(wanted.model)
+    if not (source / FILE_NAME).is_file():
+        raise InvalidArgumentError(
+            "bench quality", "model", f"{source} without {FILE_NAME}", "small, or a folder that rtlynx.demo.train wrote"
+        )
+    pipe = ScenesPipeline.from_pretrained(source).to(place.device, place.dtype)
+    name = wanted.model if wanted.model == "small" else source.resolve().parent.name if source.name == "pipeline" else source.name
+    folder = out / (gpu_slug() if place.on_gpu else "cpu")
+    parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
+    results = Results(folder, name, {**asdict(settings), "parameters": parameters, "dtype": str(place.dtype)})
+
+    every = [*rows(wanted.rank, wanted.ranks), *(recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes)]
+    todo = [row for row in every if not wanted.only or row.method in wanted.only | {"dense"}]
+    if wanted.only - {row.method for row in todo}:
+        known = ", ".join(sorted({row.method for row in every}))
+        raise InvalidArgumentError("bench quality", "only", ", ".join(sorted(wanted.only)), f"some of {known}")
+    command = f"rtlynx bench quality --model {wanted.model} --prompts {settings.prompts} --steps {settings.steps} --rank {wanted.rank}"
+    header = (
+        describe(command, commit)
+        if place.on_gpu
+        else [f"command: {command}", f"torch: {torch.__version__}, {place.name}, float32 reference"]
+    )
+    bench = QualityBench(pipe, SceneClassifier.load(source / FILE_NAME, place.device), settings, progress)
+    for row in tqdm(todo, desc="rows", unit="row", disable=not progress, file=sys.stderr):
+        if row.key in results.rows and row.method != "dense":  # the others are compared with the dense pictures
+            continue
+        results.add(row.key, bench.measure(row), header)
+        if place.on_gpu:
+            torch.cuda.empty_cache()
+    tables = write_tables(folder)
+    _show(results, Console(highlight=False))
+    return [results.path, *tables]
+
+
+def _show(results: Results, console: Console) -> None:
+    formats = {"velocity_rel_err": "{:.2%}", "psnr_db": "{:.2f}", "frechet": "{:.1f}", "attribute_accuracy": "{:.2%}", "layer_ms": "{:.2f}"}
+    columns = [Column(key, key.replace("_", " "), formats.get(key, "{}"), numeric=key in formats or key == "rank") for key in COLUMNS[1:]]
+    shown = [{key: value[0] if isinstance(value, (list, tuple)) else value for key, value in row.items()} for row in results.rows.values()]
+    console.print(terminal_table(columns, shown, title=f"{results.model}, {results.settings['prompts']} prompts"))

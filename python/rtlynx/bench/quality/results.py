@@ -1,0 +1,113 @@
+"""Where rows are kept: ``quality-<model>.json`` with everything, as they come, and from all of these quality.csv and two more tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.report import write_json, write_text
+
+COLUMNS = ("model", "method", "selection", "rank", "velocity_rel_err", "psnr_db", "frechet", "attribute_accuracy", "layer_ms")
+_WITH_INTERVALS = (
+    "velocity_rel_err",
+    "psnr_db",
+    "frechet",
+    "frechet_minus_dense",
+    "attribute_accuracy",
+    "attribute_accuracy_minus_dense",
+)
+
+
+class Results:
+    """The rows of one model, on disk after each one, so that an interrupted bench goes on.
+
+    Args:
+        folder: For all files, e.g. ``benches/results/nvidia-h200``.
+        model: Its name in the tables.
+        settings: What the figures depend on.
+
+    Raises:
+        InvalidArgumentError: The file holds rows measured under other settings.
+    """
+
+    def __init__(self, folder: Path, model: str, settings: Mapping[str, Any]) -> None:
+        self.folder, self.path = folder, folder / f"quality-{model}.json"
+        self.model, self.settings = model, json.loads(json.dumps(settings))
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            stored = json.loads(self.path.read_text())
+            if stored["settings"] != self.settings:
+                changed = [key for key in self.settings if stored["settings"].get(key) != self.settings[key]]
+                got = f"{self.path} measured with another {', '.join(changed)}"
+                raise InvalidArgumentError("bench quality", "out", got, "another folder, or no such file: remove it to measure anew")
+            self.rows = stored["rows"]
+
+    def add(self, key: str, row: Mapping[str, Any], header: Iterable[str]) -> None:
+        """Keep a row and write all files."""
+        self.rows[key] = {"model": self.model, **row}
+        write_json(self.path, {"settings": self.settings, "header": list(header), "rows": self.rows})
+        write_tables(self.folder)
+
+
+def write_tables(folder: Path) -> list[Path]:
+    """Make quality.csv, quality_intervals.csv and quality_layers.csv from the JSON files of all models in a folder."""
+    stored = [json.loads(path.read_text()) for path in sorted(folder.glob("quality-*.json"))]
+    header = [f"# {line}\n" for file in stored for line in [f"model: {_model(file)}", *file["header"]]]
+    rows = [row for file in stored for row in file["rows"].values()]
+    tables = {
+        "quality.csv": (COLUMNS, [{key: _value(row[key]) for key in COLUMNS} for row in rows]),
+        "quality_intervals.csv": (("model", "method", "selection", "rank", "figure", "value", "low", "high"), _intervals(rows)),
+        "quality_layers.csv": (("model", "method", "selection", "rank", "layer", "rel_err"), _layers(rows)),
+    }
+    for name, (columns, lines) in tables.items():
+        text = io.StringIO()
+        text.writelines(header)
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({key: _printed(value) for key, value in line.items()})
+        write_text(folder / name, text.getvalue())
+    return [folder / name for name in tables]
+
+
+def _model(file: Mapping[str, Any]) -> str:
+    return str(next(iter(file["rows"].values()))["model"])
+
+
+def _value(figure: Any) -> Any:
+    """A figure without its interval."""
+    return figure[0] if isinstance(figure, list) else figure
+
+
+def _printed(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.5g}" if math.isfinite(value) else ""
+    return "" if value is None else value
+
+
+def _intervals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {**{key: row[key] for key in COLUMNS[:4]}, "figure": figure, "value": row[figure][0], "low": row[figure][1], "high": row[figure][2]}
+        for row in rows
+        for figure in _WITH_INTERVALS
+        if row[figure] is not None
+    ]
+
+
+def _layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean error of every kind of layer: names with the number of their block taken out."""
+    lines = []
+    for row in rows:
+        kinds: dict[str, list[float]] = {}
+        for name, error in row["layer_rel_err"].items():
+            block, _, rest = name.partition(".")
+            kinds.setdefault(f"{block}.*.{rest.partition('.')[2]}", []).append(error)
+        for kind, errors in kinds.items():
+            lines.append({**{key: row[key] for key in COLUMNS[:4]}, "layer": kind, "rel_err": sum(errors) / len(errors)})
+    return lines

@@ -1,0 +1,123 @@
+"""The rows of quality.csv, as data: what is done to the model in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from rtlynx.calibrate.fit import Fit
+from rtlynx.config import SparsityConfig
+
+Pruning = Literal["magnitude", "wanda"]
+
+NONE, SHIFT, PERMUTATION, BOTH = (), ("shift",), ("permutation",), ("shift", "permutation")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        method: Its name in the file.
+        fit: What is fitted to the sparse layers; None for a row without sparse activations.
+        pruning: 2:4 pruned weights instead: by what they are ranked.
+        other_precision: Another dtype of the dense model: the noise floor.
+        reseeded: Other noise: how far figures of the dense model itself vary.
+        steps: Other sampling steps than the bench's, as a share of them.
+        skip: Whether the paper's hand-picked layers stay dense.
+        dense_first: Share of the steps, at their start, that stay dense.
+        dense_last: The same at their end.
+        recipe: Configuration of `rtlynx.search`, instead of sparse layers that are all alike; the fit's ranks are the recipe's.
+    """
+
+    method: str
+    fit: Fit | None = None
+    pruning: Pruning | None = None
+    other_precision: bool = False
+    reseeded: bool = False
+    steps: float = 1.0
+    skip: bool = False
+    dense_first: float = 0.0
+    dense_last: float = 0.0
+    recipe: SparsityConfig | None = None
+
+    @property
+    def selection(self) -> str:
+        """The selection's options, as the file names them."""
+        return "" if self.fit is None else "+".join(self.fit.selection) or "magnitude"
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.fit is None or self.fit.rule.branch == "none" else self.fit.rank
+
+    @property
+    def key(self) -> str:
+        """What tells it from every other row."""
+        return f"{self.method}/{self.selection}/{self.rank}"
+
+
+def recipe_row(name: str, config: SparsityConfig) -> Row:
+    """What `rtlynx.search` found, fitted as the search fits by default."""
+    return Row(name, Fit("split", config.rank, SHIFT, norm_compensation=config.norm_compensation, ranks=config.ranks), recipe=config)
+
+
+def rows(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
+    """All rows; those that share a selection follow each other, since they share its moments.
+
+    Args:
+        rank: At which all methods are compared.
+        ranks: At which the ones that matter most are.
+    """
+    yield Row("dense")
+    yield Row("dense_floor", other_precision=True)
+    yield Row("dense_reseeded", reseeded=True)
+    for share in (0.9, 0.8, 0.7):
+        yield Row(f"dense_{share:.0%}_of_steps".replace("%", "pct"), steps=share)
+    yield Row("weights_magnitude", pruning="magnitude")
+    yield Row("weights_wanda", pruning="wanda")
+    yield Row("naive", Fit("plain", 0, norm_compensation=False))
+    yield from _plain_selection(rank, ranks)
+    for selection in (SHIFT, PERMUTATION, BOTH):
+        yield from _better_selection(selection, rank, ranks)
+
+
+def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
+    """The paper's forms, and every method without help from the selection."""
+    yield Row("norm", Fit("plain", 0))
+    yield Row("norm_skip", Fit("plain", 0), skip=True)
+    yield Row("norm_bias", Fit("plain", 0, bias=True))
+    for each in dict.fromkeys((rank, 2 * rank)):
+        yield Row("paper_trained", Fit("paper-trained", each))
+    for each in dict.fromkeys((rank, *ranks)):
+        yield Row("paper", Fit("paper", each))
+        yield Row("split", Fit("split", each))
+    yield Row("paper_trained_skip", Fit("paper-trained", rank), skip=True)
+    yield Row("paper_own", Fit("paper", rank, share=False))
+    yield Row("split_own", Fit("split", rank, share=False))
+    yield Row("split_skip", Fit("split", rank), skip=True)
+    yield Row("split_bias", Fit("split", rank, bias=True))
+    yield Row("refit", Fit("refit", 0))
+    yield Row("joint", Fit("joint", rank))
+    for method in ("split", "refit", "joint"):
+        yield Row(f"{method}_nonorm", Fit(method, rank if method != "refit" else 0, norm_compensation=False))
+
+
+def _better_selection(selection: tuple[str, ...], rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
+    plain, split, joint = (Fit(method, each, selection) for method, each in (("plain", 0), ("split", rank), ("joint", rank)))
+    yield Row("norm", plain)
+    yield Row("paper", Fit("paper", rank, selection))
+    for each in dict.fromkeys((rank, *ranks)):
+        yield Row("split", replace(split, rank=each))
+        yield Row("joint", replace(joint, rank=each))
+    yield Row("split_skip", split, skip=True)
+    for share in (0.1, 0.2):
+        yield Row(f"split_first_{share:.0%}_dense".replace("%", "pct"), split, dense_first=share)
+        yield Row(f"split_last_{share:.0%}_dense".replace("%", "pct"), split, dense_last=share)
+    yield Row("refit", Fit("refit", 0, selection))
+    yield Row("norm_bias", replace(plain, bias=True))
+    yield Row("split_bias", replace(split, bias=True))
+    yield Row("joint_bias", replace(joint, bias=True))
+    for row in (Row("norm", plain), Row("split", split), Row("joint", joint)):
+        assert row.fit is not None
+        yield replace(row, method=f"{row.method}_nonorm".replace("norm_nonorm", "nonorm"), fit=replace(row.fit, norm_compensation=False))

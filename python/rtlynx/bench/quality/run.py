@@ -1,0 +1,256 @@
+"""Measure every row on one trained model: the same prompts and noise, the same samples to fit from, the same judge."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import rtlynx
+from rtlynx.bench.quality.judge import Judge, Verdict
+from rtlynx.bench.quality.layer_time import layers_ms
+from rtlynx.bench.quality.pruning import pruned_weights
+from rtlynx.bench.quality.rows import Row
+from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect
+from rtlynx.calibrate.fit import Cache, fit_input
+from rtlynx.calibrate.runs import pipeline_runs
+from rtlynx.config import SparsityConfig
+from rtlynx.demo import captions
+from rtlynx.demo.classifier import SceneClassifier
+from rtlynx.demo.measure import sample
+from rtlynx.demo.model import TOKENS, model_time
+from rtlynx.demo.pipeline import ScenesPipeline
+from rtlynx.demo.scenes import random_scenes
+from rtlynx.dense_steps import install_dense_steps, is_dense
+from rtlynx.eligibility import sparse_layers
+from rtlynx.evaluate.bootstrap import Interval, interval, mean_interval
+from rtlynx.evaluate.likeness import psnr_db
+from rtlynx.evaluate.trajectory import Trajectory, VelocityErrors
+from rtlynx.patterns import first_match
+from rtlynx.recipes import find_recipe
+
+_PROBE_EVERY = 4
+"""Velocities are compared at every fourth step and the last."""
+_FRECHET_RESAMPLES = 100
+_HELD_OUT_TOKENS_PER_CHANNEL = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        prompts: Held-out prompts that are sampled.
+        steps: Sampling steps.
+        batch: Pictures sampled at once.
+        calibration_prompts: Other prompts, to fit on.
+        calibration_steps: Sampling steps of those.
+        seed: Of prompts, noise and sampled tokens.
+        training_steps: Of the trained branch.
+    """
+
+    prompts: int = 256
+    steps: int = 28
+    batch: int = 256
+    calibration_prompts: int = 64
+    calibration_steps: int = 8
+    seed: int = 0
+    training_steps: int = 2000
+
+
+class QualityBench:
+    """One model, prepared once and then measured row by row. The first row must be the dense one."""
+
+    def __init__(self, pipe: ScenesPipeline, classifier: SceneClassifier, settings: Settings, progress: bool = True) -> None:
+        self.pipe, self.settings, self.progress = pipe, settings, progress
+        generator = torch.Generator().manual_seed(10_007 + settings.seed)
+        scenes = random_scenes(settings.prompts, generator)
+        calibration = captions.caption(random_scenes(settings.calibration_prompts, generator))
+        held_out = captions.caption(random_scenes(max(8, settings.calibration_prompts // 4), generator))
+        self.prompts = captions.caption(scenes)
+        self.judge = Judge(classifier, scenes)
+        pipe.set_progress_bar_config(disable=True)
+        rtlynx.apply(pipe, _config(Row("dense")))
+        self.layers = sparse_layers(pipe.transformer)
+        self.inputs = self._gather(calibration, 4, 0)
+        self.held_out = self._gather(held_out, _HELD_OUT_TOKENS_PER_CHANNEL, 1_000_003)
+        self._cache: Cache = {}
+        self._cached: tuple[object, ...] = ()
+        self._trajectory = Trajectory()
+        self._pictures: Tensor | None = None
+        self._verdict: Verdict | None = None
+
+    def measure(self, row: Row) -> dict[str, Any]:
+        """Everything about one row, JSON-able."""
+        started = time.perf_counter()
+        with self._as(row):
+            fitted = time.perf_counter() - started
+            pictures = self._sample(row)
+            errors = self._velocity(row)
+            layer_error = self._layer_errors() if row.fit is not None else {}
+            ms = self._layer_ms(row) if row.pruning is None and not row.other_precision else None
+        verdict = self.judge.look(pictures)
+        if row.method == "dense":
+            self._pictures, self._verdict = pictures, verdict
+        assert self._pictures is not None and self._verdict is not None, "the dense row comes first"
+        return {
+            "method": row.method,
+            "selection": row.selection,
+            "rank": row.rank,
+            "velocity_rel_err": None if errors is None else interval(errors.relative, len(pictures)),
+            "velocity_by_step": None if errors is None else dict(zip(errors.steps, errors.by_step(), strict=True)),
+            "psnr_db": None if row.method == "dense" else mean_interval(psnr_db(pictures, self._pictures)),
+            "frechet": self._frechet(verdict.features),
+            "frechet_minus_dense": self._frechet(verdict.features, self._verdict.features),
+            "attribute_accuracy": self._accuracy(verdict),
+            "attribute_accuracy_minus_dense": self._accuracy(verdict, self._verdict),
+            "layer_ms": ms,
+            "layer_rel_err": layer_error,
+            "fit_seconds": round(fitted, 2),
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+
+    @property
+    def pictures(self) -> Tensor | None:
+        """The dense pictures, ``(n, 3, 64, 64)`` in 0..1."""
+        return self._pictures
+
+    # ---- the model, made as a row says ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _as(self, row: Row) -> Iterator[None]:
+        skipped = find_recipe(self.pipe.transformer).paper_skip if row.skip else ()
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                layer.set_compensation()
+                layer.configure(_config(row))
+                layer.dense = row.fit is None or first_match(name, skipped) is not None
+                if row.recipe is not None:
+                    layer.dense = first_match(name, row.recipe.include or ()) is None
+            if row.fit is not None:
+                self._fit(row)
+            install_dense_steps(self.pipe.transformer, _config(row))
+            stack.callback(install_dense_steps, self.pipe.transformer, None)
+            if row.pruning is not None:
+                stack.enter_context(pruned_weights(self.inputs, row.pruning == "wanda"))
+            if row.other_precision:
+                stack.enter_context(self._other_precision())
+            yield
+
+    def _fit(self, row: Row) -> None:
+        assert row.fit is not None
+        key = (row.fit.selection, row.fit.norm_compensation, row.fit.bias)
+        if key != self._cached:
+            self._cache, self._cached = {}, key
+        device = next(iter(self.layers.values())).weight.device
+        fit = replace(row.fit, training_steps=self.settings.training_steps)
+        for input in self.inputs:
+            for name, tensors in fit_input(input, fit, device, self._cache):
+                self.layers[name].set_compensation(**tensors)
+
+    @contextmanager
+    def _other_precision(self) -> Iterator[None]:
+        """Float32 instead of half precision, bfloat16 instead of float32."""
+        original = self.pipe.transformer
+        other = torch.bfloat16 if original.dtype is torch.float32 else torch.float32
+        self.pipe.transformer = nn.Module.to(copy.deepcopy(original), dtype=other)  # ModelMixin.to warns about every cast
+        try:
+            yield
+        finally:
+            self.pipe.transformer = original
+
+    # ---- what is measured ----------------------------------------------------------------------------------------------------------------
+
+    def _sample(self, row: Row) -> Tensor:
+        settings = self.settings
+        steps = max(1, round(settings.steps * row.steps))
+        seed = settings.seed + (500 if row.reseeded else 0)
+        with ExitStack() as stack:
+            if row.method == "dense":
+                stack.enter_context(self._trajectory.recording(self.pipe.transformer, self._probed, steps))
+            self.pipe.set_progress_bar_config(disable=True)
+            pictures = sample(self.pipe, self.prompts, steps=steps, seed=seed, batch=settings.batch).pictures
+        return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def _probed(self, step: int) -> bool:
+        return step % _PROBE_EVERY == 0 or step == self.settings.steps - 1
+
+    def _velocity(self, row: Row) -> VelocityErrors | None:
+        if row.steps != 1 or row.reseeded:
+            return None
+        model = self.pipe.transformer
+        return self._trajectory.errors(model, self._adapt(model.dtype) if row.other_precision else None)
+
+    def _adapt(self, dtype: torch.dtype) -> Callable[[int, dict[str, Any]], dict[str, Any]]:
+        """The model's inputs in another dtype, on the same clock (see `model_time`)."""
+
+        def adapt(step: int, inputs: dict[str, Any]) -> dict[str, Any]:
+            sigma = torch.full_like(inputs["timestep"], 1 - step / self.settings.steps, dtype=torch.float32)
+            cast = {key: inputs[key].to(dtype) for key in ("hidden_states", "encoder_hidden_states", "pooled_projections")}
+            return {**inputs, **cast, "timestep": model_time(sigma, dtype)}
+
+        return adapt
+
+    def _layer_ms(self, row: Row) -> float | None:
+        """Of the layers in one step, on average over the steps where some are dense."""
+        rows = self.settings.batch * TOKENS
+        for layer in self.layers.values():
+            layer.dense_step = False
+        sparse = layers_ms(self.inputs, rows)
+        steps = self.settings.steps
+        share = sum(is_dense(1 - step / steps, row.dense_first, row.dense_last) for step in range(steps)) / steps
+        if sparse is None or share == 0:
+            return sparse
+        for layer in self.layers.values():
+            layer.dense_step = True
+        dense = layers_ms(self.inputs, rows)
+        for layer in self.layers.values():
+            layer.dense_step = False
+        return None if dense is None else share * dense + (1 - share) * sparse
+
+    def _layer_errors(self) -> dict[str, float]:
+        """Relative output error of every layer on held-out tokens of the dense model; NaN-free, layers left dense are 0."""
+        found = {}
+        with torch.no_grad():
+            for input in self.held_out:
+                for name, layer in input.layers.items():
+                    want = nn.functional.linear(input.samples.x, layer.weight, layer.bias).float()
+                    found[name] = float((layer(input.samples.x).float() - want).norm() / want.norm())
+        return found
+
+    def _accuracy(self, verdict: Verdict, minus: Verdict | None = None) -> Interval:
+        right = verdict.right - (0 if minus is None else minus.right)
+        return interval(lambda chosen: float(right[chosen].sum() / verdict.asked[chosen].sum()), len(right))
+
+    def _frechet(self, features: Tensor, minus: Tensor | None = None) -> Interval:
+        def distance(chosen: Tensor) -> float:
+            return self.judge.frechet(features[chosen]) - (0.0 if minus is None else self.judge.frechet(minus[chosen]))
+
+        return interval(distance, len(features), _FRECHET_RESAMPLES)
+
+    def _gather(self, prompts: list[str], tokens_per_channel: float, seed: int) -> list[LayerInput]:
+        settings, device = self.settings, next(iter(self.layers.values())).weight.device
+        options = {"num_inference_steps": settings.calibration_steps}
+        runs = pipeline_runs("bench quality", self.pipe, prompts, None, settings.seed + seed, 8, options)
+        budget = Budget(tokens_per_channel, available_memory(device), device)
+        with all_dense(self.layers), tqdm(total=len(runs), desc="dense runs", unit="run", disable=not self.progress, leave=False) as bar:
+            return list(collect(self.layers, runs, budget, seed=settings.seed + seed, bar=bar))
+
+
+def _config(row: Row) -> SparsityConfig:
+    if row.fit is None:
+        return SparsityConfig(rank=0, small_m="sparse")
+    return SparsityConfig(
+        branch=row.fit.rule.branch,
+        norm_compensation=row.fit.norm_compensation,
+        dense_first=row.dense_first,
+        dense_last=row.dense_last,
+        small_m="sparse",
+    )

@@ -1,0 +1,60 @@
+"""Result files: CSV under ``#`` header lines, and what is read off their rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from rtlynx.bench.layer import LayerTimes
+from rtlynx.io import atomic_path
+
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[LayerTimes]) -> None:
+    """Write rows under ``#`` header lines, whole or not at all."""
+    text = io.StringIO()
+    text.writelines(f"# {line}\n" for line in header)
+    writer = csv.DictWriter(text, [field.name for field in fields(LayerTimes)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()})
+    with atomic_path(path) as temporary:
+        temporary.write_text(text.getvalue())
+
+
+def read_csv(path: Path) -> tuple[dict[str, str], list[LayerTimes]]:
+    """The header, by what stands before the first colon of a line, and the rows. Columns that a file of an older version lacks are NaN."""
+    lines = path.read_text().splitlines()
+    notes = (line[1:].partition(":") for line in lines if line.startswith("#"))
+    header = {key.strip(): value.strip() for key, colon, value in notes if colon}
+    convert = {field.name: {"int": int, "float": float, "str": str}[str(field.type)] for field in fields(LayerTimes)}
+    reader = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return header, [LayerTimes(**{key: convert[key](value) for key, value in row.items()}) for row in reader]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Geometric mean of positive values."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def break_even(rows: Sequence[LayerTimes]) -> dict[tuple[int, int], int | None]:
+    """For every (N, K) measured with several M: the fewest tokens from which the sparse layer is never slower than the dense one.
+
+    None where the largest M measured is still slower. That M is measured, not where two lines would cross.
+    """
+    by_features: dict[tuple[int, int], list[LayerTimes]] = {}
+    for row in rows:
+        by_features.setdefault((row.n, row.k), []).append(row)
+    found: dict[tuple[int, int], int | None] = {}
+    for features, group in by_features.items():
+        if len(group) > 1:
+            found[features] = None
+            for row in sorted(group, key=lambda row: row.m, reverse=True):
+                if row.layer_ms > row.dense_ms:
+                    break
+                found[features] = row.m
+    return found

@@ -1,0 +1,37 @@
+"""One run over a set of layers: every layer against its peers, then the limits of the GPU while it is as hot as it was for the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from rtlynx.bench.layer import LayerTimes, measure_layer
+from rtlynx.bench.probe import measure_limits
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run measured.
+
+    Attributes:
+        rows: One for each layer.
+        notes: The limits, and the first layer that each absent peer did not run, as `key: value` lines for a result file.
+    """
+
+    rows: tuple[LayerTimes, ...]
+    notes: tuple[str, ...]
+
+
+def run_layers(shapes: Sequence[tuple[int, int, int]], rank: int, repeats: int, peers: bool) -> Run:
+    """Measure layers of (M, N, K) on the current device."""
+    rows = []
+    missing: dict[str, str] = {}
+    with tqdm(shapes, desc="layers", unit="layer") as progress:
+        for m, n, k in progress:
+            times, absent = measure_layer(m, n, k, rank, repeats, peers)
+            rows.append(times)
+            for peer, reason in absent.items():
+                missing.setdefault(peer, f"without {peer}: first at M {m}, N {n}, K {k}: {reason}")
+    return Run(tuple(rows), (*measure_limits(repeats).header(), *missing.values()))

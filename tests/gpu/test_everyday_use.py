@@ -1,0 +1,128 @@
+"""What users do with a pipeline on a GPU: offloading, casting, CUDA graphs, a second device. On the CPU: tests/integration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rtlynx
+from rtlynx import SparseLinear, SparsityConfig
+from tiny_models import TINY, output, relative_error
+from tiny_pipelines import flux_lora, flux_pipeline, sample
+
+BF16 = torch.bfloat16
+FLUX = TINY["flux"]
+# diffusers, peft and torch warn of their own deprecations on these paths
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+def sparse(module_or_pipe: Any, share_inputs: bool = True) -> Any:
+    """With a branch in every layer, never falling back to the dense product although the model is small."""
+    rtlynx.apply(module_or_pipe, SparsityConfig(rank=16, selection="weight", small_m="sparse", share_inputs=share_inputs))
+    model = getattr(module_or_pipe, "transformer", module_or_pipe)
+    rng = torch.Generator()
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            k, n = layer.in_features, layer.out_features
+            rng.manual_seed(k)
+            layer.set_compensation(torch.randn(k, 16, generator=rng) / k**0.5, torch.randn(n, 16, generator=rng) / 9)
+    return module_or_pipe
+
+
+OFFLOADING: dict[str, Callable[[Any], None]] = {
+    "model": lambda pipe: pipe.enable_model_cpu_offload(),
+    "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(),
+    "group, leaves, stream": lambda pipe: pipe.transformer.enable_group_offload(
+        torch.device("cuda"), torch.device("cpu"), offload_type="leaf_level", use_stream=True
+    ),
+    "group, blocks": lambda pipe: pipe.transformer.enable_group_offload(
+        torch.device("cuda"), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OFFLOADING)
+def test_offloading(kind: str) -> None:
+    share = "stream" not in kind
+    want = sample(sparse(flux_pipeline("cuda", BF16), share), output_type="latent")
+    pipe = sparse(flux_pipeline("cpu", BF16), share)
+    OFFLOADING[kind](pipe)
+    if kind.startswith("group"):
+        pipe.vae.to("cuda")
+    for _ in range(2):
+        assert relative_error(sample(pipe, output_type="latent").cuda(), want) < 2e-2
+
+
+def test_moving_shared_tensors_ahead_is_refused() -> None:
+    pipe = sparse(flux_pipeline("cpu", BF16))
+    OFFLOADING["group, leaves, stream"](pipe)
+    pipe.vae.to("cuda")
+    with pytest.raises(rtlynx.InvalidArgumentError, match="share_inputs=False"):
+        sample(pipe, output_type="latent")
+
+
+def test_lora_files_on_an_offloaded_pipeline() -> None:
+    pipe = sparse(flux_pipeline("cpu", BF16))
+    pipe.enable_model_cpu_offload()
+    plain = sample(pipe, output_type="latent")
+    pipe.load_lora_weights(flux_lora(1), adapter_name="style")
+    assert relative_error(sample(pipe, output_type="latent"), plain) > 1e-3
+    pipe.unload_lora_weights()
+    assert relative_error(sample(pipe, output_type="latent"), plain) < 1e-2
+
+
+def test_weights_stored_in_fp8() -> None:
+    model, inputs = sparse(FLUX.build("cuda", BF16)), FLUX.inputs("cuda", BF16)
+    want = output(model, inputs)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=BF16)
+    assert 0 < relative_error(output(model, inputs), want) < 0.3
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_transformer(mode: str) -> None:
+    model, inputs = sparse(FLUX.build("cuda", BF16)), FLUX.inputs("cuda", BF16)
+    want = output(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode=mode)
+    for _ in range(3):  # the third call replays the recorded graphs
+        torch.compiler.cudagraph_mark_step_begin()
+        assert relative_error(output(compiled, inputs).clone(), want) < 5e-2
+
+
+def test_compiled_blocks_serve_every_size() -> None:
+    model = sparse(FLUX.build("cuda", BF16))
+    sizes = [FLUX.inputs("cuda", BF16, side=side, text=text) for side, text in ((8, 19), (6, 7), (10, 30), (4, 12))]  # type: ignore[call-arg]
+    want = [output(model, inputs) for inputs in sizes]
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    for i, inputs in enumerate(sizes):
+        with torch.compiler.set_stance("default" if i < 2 else "fail_on_recompile"):
+            assert relative_error(output(model, inputs), want[i]) < 5e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_pipeline_on_the_second_gpu() -> None:
+    want = sample(sparse(flux_pipeline("cuda:0", BF16)), output_type="latent")
+    got = sample(sparse(flux_pipeline("cpu", BF16)).to("cuda:1"), output_type="latent")
+    assert got.device == torch.device("cuda:1")
+    assert relative_error(got.to("cuda:0"), want) < 2e-2
+
+
+def test_moving_between_devices() -> None:
+    model = sparse(FLUX.build("cpu", BF16))
+    on_gpu = copy.deepcopy(model).to("cuda")
+    inputs = FLUX.inputs("cuda", BF16)
+    want = output(on_gpu, inputs)
+    for _ in range(2):
+        on_gpu.to("cpu").to("cuda")
+        assert torch.equal(output(on_gpu, inputs), want)
+
+
+def test_images_of_a_sparse_pipeline() -> None:
+    images: Tensor = sample(sparse(flux_pipeline("cuda", BF16)), batch=2)
+    assert images.shape == (2, 3, 32, 32) and images.isfinite().all()

@@ -1,0 +1,140 @@
+"""Shared selections on a GPU: streams, CUDA graphs, compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import rtlynx
+from rtlynx import SparseLinear, ops
+from rtlynx.bench.random_model import random_compensation
+from tiny_models import TINY, output, relative_error
+
+K, N, M = 256, 128, 512
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(K, N, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+
+
+class FluxTransformer2DModel(nn.Module):
+    """Found by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([nn.ModuleDict({"attn": Attention()})])
+
+
+@pytest.fixture
+def attn() -> Any:
+    model = rtlynx.apply(FluxTransformer2DModel(), rtlynx.SparsityConfig(small_m="sparse"))
+    random_compensation(model, 64)
+    return model.transformer_blocks[0]["attn"]  # type: ignore[index]
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    count: list[None] = []
+    sparsify: Callable[..., Any] = ops.sparsify
+
+    def counting(*args: Any) -> Any:
+        count.append(None)
+        return sparsify(*args)
+
+    monkeypatch.setattr(ops, "sparsify", counting)
+    return count
+
+
+def tokens() -> Tensor:
+    return torch.randn(1, M, K, device="cuda", dtype=torch.bfloat16)
+
+
+def alone(layer: SparseLinear, x: Tensor) -> Tensor:
+    group, layer.input_group = layer.input_group, None
+    try:
+        return layer(x)
+    finally:
+        layer.input_group = group
+
+
+@torch.no_grad()
+def test_one_selection_serves_all(attn: Any, selections: list[None]) -> None:
+    x = tokens()
+    outputs = [layer(x) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+    assert len(selections) == 1 and attn.to_q.input_group._kept is None
+    for layer, got in zip((attn.to_q, attn.to_k, attn.to_v), outputs, strict=True):
+        assert torch.equal(got, alone(layer, x))
+
+
+@torch.no_grad()
+def test_another_stream_selects_for_itself(attn: Any, selections: list[None]) -> None:
+    x = tokens()
+    attn.to_q(x)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = attn.to_k(x)
+    torch.cuda.current_stream().wait_stream(side)
+    assert len(selections) == 2
+    assert torch.equal(got, alone(attn.to_k, x))
+
+
+@torch.no_grad()
+def test_a_graph_holds_its_own_selection(attn: Any) -> None:
+    x = tokens()
+    for layer in (attn.to_q, attn.to_k, attn.to_v):
+        layer(x)  # loads the kernels
+    attn.to_q(x)  # kept, outside of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        k, v = attn.to_k(x), attn.to_v(x)
+    q = attn.to_q(x)  # not from what the capture kept: nothing has run yet
+    assert torch.equal(q, alone(attn.to_q, x))
+    for _ in range(2):
+        x.copy_(tokens())
+        graph.replay()
+        assert torch.equal(k, alone(attn.to_k, x)) and torch.equal(v, alone(attn.to_v, x))
+
+
+def selecting_model(family: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+    tiny = TINY[family]
+    model, inputs = tiny.build("cuda", torch.bfloat16), tiny.inputs("cuda", torch.bfloat16)
+    rtlynx.apply(model, rtlynx.SparsityConfig(small_m="sparse"))
+    random_compensation(model, 64)
+    torch._dynamo.reset()
+    return model, inputs
+
+
+# Compiled code rounds less often between layers, and one rounding can flip near-ties of every later selection.
+COMPILED_TOLERANCE = 0.2
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_compiled_blocks_select_once(family: str) -> None:
+    model, inputs = selecting_model(family)
+    eager = output(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        got, code = run_and_get_code(lambda: output(model, inputs).clone())
+    assert relative_error(got, eager) < COMPILED_TOLERANCE
+    assert code
+    for block in code:
+        layers = block.count("rtlynx.sparse_linear.default(")
+        assert layers == 0 or block.count("rtlynx.sparsify.default(") == {12: 8, 5: 2, 7: 4}[layers]
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_a_compiled_model_runs_as_a_cuda_graph(family: str) -> None:
+    model, inputs = selecting_model(family)
+    eager = output(model, inputs)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    for _ in range(4):  # warm-up, capture, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        assert relative_error(output(compiled, inputs), eager) < COMPILED_TOLERANCE

@@ -1,0 +1,163 @@
+"""The bench of whole models, on small ones: what is built, what is timed, what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rtlynx
+from rtlynx import SparseLinear
+from rtlynx.bench.breakdown import kind, milliseconds_by_kind
+from rtlynx.bench.models import MODELS, BenchModel
+from rtlynx.bench.random_model import build, random_compensation, variant
+from rtlynx.bench.step import StepTimes, measure_step
+from rtlynx.bench.step_results import draw_steps, read_steps, save_picture, write_steps
+from rtlynx.eligibility import sparse_layers
+
+CPU = torch.device("cpu")
+SMALL: dict[str, dict[str, Any]] = {
+    "flux.1-dev": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (8, 12, 12),
+    },
+    "qwen-image": {
+        "num_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "axes_dims_rope": (8, 12, 12),
+    },
+    "z-image": {
+        "dim": 192,
+        "n_layers": 1,
+        "n_refiner_layers": 1,
+        "n_heads": 6,
+        "n_kv_heads": 6,
+        "cap_feat_dim": 64,
+        "axes_dims": [8, 12, 12],
+    },
+    "wan-2.1-14b": {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "freq_dim": 32, "ffn_dim": 256, "num_layers": 1},
+}
+
+
+def small(name: str) -> BenchModel:
+    model = MODELS[name]
+    return dataclasses.replace(model, config={**model.config, **SMALL[name]}, size=(64, 64))
+
+
+def test_every_model_has_a_small_one() -> None:
+    assert set(SMALL) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_of_every_model(name: str) -> None:
+    rows, notes = measure_step(small(name), CPU, rank=16, repeats=2, compiled=False, modes=("naive", "compensated"))
+    assert [(row.mode, row.compiled) for row in rows] == [("dense", False), ("naive", False), ("rank 16", False)]
+    for row in rows:
+        assert (row.model, row.height, row.width) == (name, 64, 64)
+        assert row.step_ms > 0 and row.gemm_ms > 0 and row.attention_ms > 0 and row.memory_gb > 0
+        assert row.gemm_ms + row.attention_ms + row.select_ms + row.other_ms == pytest.approx(row.step_ms)
+        assert (row.select_ms > 0) is (row.mode != "dense")
+    assert rows[0].speedup == 1 and rows[2].speedup == pytest.approx(rows[0].step_ms / rows[2].step_ms)
+    assert rows[2].memory_gb > rows[0].memory_gb == rows[1].memory_gb
+    assert any(note.startswith("apply with a branch of rank 16") for note in notes)
+    assert not any("not finite" in note for note in notes)
+
+
+def test_compiled_steps() -> None:
+    options = {"backend": "aot_eager"}
+    rows, notes = measure_step(
+        small("flux.1-dev"), CPU, rank=16, repeats=1, eager=False, modes=("compensated", "fp8"), compile_options=options
+    )
+    assert [(row.mode, row.compiled) for row in rows] == [("dense", True), ("rank 16", True)]
+    assert any(note.startswith("fp8 not measured: ") for note in notes)
+
+
+def test_modes_with_hooks_around_layers_and_blocks() -> None:
+    modes = ("compensated", "fp8-storage", "first-block-cache")
+    rows, notes = measure_step(small("flux.1-dev"), CPU, rank=16, repeats=1, modes=modes, compile_options={"backend": "aot_eager"})
+    found = {(row.mode, row.compiled): row for row in rows}
+    assert set(found) == {
+        *((mode, compiled) for mode in ("dense", "rank 16") for compiled in (False, True)),
+        ("rank 16, fp8-storage", False),
+        ("rank 16, first-block-cache", False),
+    }
+    sparse, stored, cached = (found[mode, False] for mode in ("rank 16", "rank 16, fp8-storage", "rank 16, first-block-cache"))
+    assert stored.memory_gb < 0.75 * sparse.memory_gb
+    assert cached.gemm_ms < sparse.gemm_ms and cached.attention_ms < sparse.attention_ms  # one of two blocks runs
+    assert not any("not finite" in note for note in notes)
+    _, notes = measure_step(small("z-image"), CPU, rank=16, repeats=1, compiled=False, modes=("first-block-cache",))
+    assert "first-block-cache not measured: ZImageTransformer2DModel has no caches" in notes
+
+
+def test_variants_share_every_weight() -> None:
+    model = build(small("flux.1-dev"), CPU)
+    other = variant(model)
+    assert other is not model
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    random_compensation(rtlynx.apply(other), 32)
+    assert not any(isinstance(module, SparseLinear) for module in model.modules())
+    block = other.single_transformer_blocks[0]
+    assert block.attn.to_q.comp_down is block.proj_mlp.comp_down
+    assert block.attn.to_q.sharing == 4
+    assert all(layer.rank == 32 for layer in sparse_layers(other).values())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_bias_TNN", "gemm"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "gemm"),
+        ("spmm_sm90_bf16", "gemm"),
+        ("sparsify_sm90_bf16", "select"),
+        ("void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<...>>", "gemm"),
+        ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_31", "attention"),
+        ("triton_poi_fused_add_gelu_mul_3", "other"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", "other"),
+    ],
+)
+def test_kernels_are_told_by_their_names(kernel: str, expected: str) -> None:
+    assert kind(kernel) == expected
+
+
+def test_breakdown_counts_each_op_once() -> None:
+    a = torch.randn(256, 256)
+    times = milliseconds_by_kind(lambda: torch.mm(a, a).relu(), CPU)
+    assert times["gemm"] > 0 and times["other"] > 0 and times["select"] == times["attention"] == 0
+
+
+def row(model: str, mode: str, step_ms: float) -> StepTimes:
+    return StepTimes(model, 1024, 1024, mode, True, step_ms, 60.0, 20.0, 0.0, step_ms - 80, 24.5, 130 / step_ms)
+
+
+def test_results_of_a_model_replace_its_earlier_ones_only(tmp_path: Path) -> None:
+    path = tmp_path / "model.csv"
+    write_steps(path, ["commit a"], [row("flux.1-dev", "dense", 130), row("flux.1-dev", "naive", 90)])
+    write_steps(path, ["commit b"], [row("z-image", "dense", 100)])
+    write_steps(path, ["commit c"], [row("flux.1-dev", "dense", 125)])
+    notes, rows = read_steps(path)
+    assert notes == ["z-image 1024x1024: commit b", "flux.1-dev 1024x1024: commit c"]
+    assert rows == [row("z-image", "dense", 100), row("flux.1-dev", "dense", 125)]
+    header = next(line for line in path.read_text().splitlines() if not line.startswith("#"))
+    assert header == "model,height,width,mode,compiled,step_ms,gemm_ms,attention_ms,select_ms,other_ms,memory_gb,speedup"
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [row("flux.1-dev", "dense", 130), row("flux.1-dev", "rank 64", 90), row("z-image", "dense", 100)]
+    figure = draw_steps(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["flux.1-dev 1024x1024", "z-image 1024x1024"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.00×", "1.44×"]
+    write_steps(tmp_path / "model.csv", [], rows)
+    first = save_picture(tmp_path / "model.csv").read_text()
+    assert save_picture(tmp_path / "model.csv").read_text() == first

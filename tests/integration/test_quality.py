@@ -1,0 +1,247 @@
+"""`rtlynx bench quality` and `rtlynx.evaluate` end to end on a tiny untrained pipeline, and their parts on cases with a known answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import rtlynx
+from rtlynx import InvalidArgumentError, SparsityConfig
+from rtlynx.bench.quality.docs import BEGIN, END, write_docs
+from rtlynx.bench.quality.judge import Judge
+from rtlynx.bench.quality.pruning import pruned_weights
+from rtlynx.bench.quality.results import COLUMNS, Results
+from rtlynx.bench.quality.rows import Row, recipe_row, rows
+from rtlynx.bench.quality.run import QualityBench, Settings
+from rtlynx.calibrate.fit import Fit
+from rtlynx.cli import app
+from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
+from rtlynx.demo.drawing import draw
+from rtlynx.demo.pipeline import DEFAULT_WEIGHTS
+from rtlynx.demo.scenes import random_scenes
+from rtlynx.evaluate import write_report
+from rtlynx.evaluate.bootstrap import interval, mean_interval
+from rtlynx.evaluate.likeness import psnr_db
+from rtlynx.evaluate.trajectory import Trajectory
+from tiny_pipeline import PROMPTS, tiny_pipeline
+
+SETTINGS = Settings(prompts=3, steps=3, batch=2, calibration_prompts=2, calibration_steps=2)
+
+
+@pytest.fixture(scope="module")
+def bench() -> QualityBench:
+    return QualityBench(tiny_pipeline(), SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME), SETTINGS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def measured(bench: QualityBench) -> dict[str, dict[str, object]]:
+    wanted = [
+        Row("dense"),
+        Row("dense_floor", other_precision=True),
+        Row("fewer", steps=0.67),
+        Row("wanda", pruning="wanda"),
+        Row("naive", Fit("plain", 0, norm_compensation=False)),
+        Row("split", Fit("split", 8, ("shift",))),
+        Row("split", Fit("split", 8, ("shift",)), skip=True, reseeded=False),
+        Row("joint", Fit("joint", 16, ("shift", "permutation"), bias=True)),
+        Row("split_last", Fit("split", 8, ("shift",)), dense_last=0.34),
+        recipe_row("searched", SparsityConfig(include=("single_transformer_blocks.**",), rank=16, ranks={"**.proj_mlp": 0})),
+    ]
+    return {f"{row.method}{'_skip' if row.skip else ''}": bench.measure(row) for row in wanted}
+
+
+def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dict[str, object]]) -> None:
+    velocity = {name: row["velocity_rel_err"] and row["velocity_rel_err"][0] for name, row in measured.items()}  # type: ignore[index]
+    assert velocity["dense"] == 0 and velocity["fewer"] is None
+    assert 0 < velocity["dense_floor"] < velocity["joint"] < velocity["split"] < velocity["naive"]
+    assert max(velocity["split_skip"], velocity["split_last"], velocity["searched"]) < velocity["split"] and velocity["wanda"] > 0
+    assert measured["dense"]["psnr_db"] is None and measured["dense"]["frechet_minus_dense"] == (0, 0, 0)
+    assert measured["joint"]["psnr_db"][0] > measured["naive"]["psnr_db"][0]  # type: ignore[index]
+    assert len(measured["naive"]["layer_rel_err"]) == len(measured["split"]["layer_rel_err"]) == 12 + 5  # type: ignore[arg-type]
+    assert measured["split_last"]["velocity_by_step"][2] == 0 < measured["split"]["velocity_by_step"][2]  # type: ignore[index]
+    dense = {name for name, error in measured["searched"]["layer_rel_err"].items() if error == 0}  # type: ignore[attr-defined]
+    assert len(dense) == 12 and all(name.startswith("transformer_blocks") for name in dense)
+    assert all(row["layer_ms"] is None for row in measured.values())  # no GPU, no time
+    json.dumps(measured)
+
+
+def test_the_model_is_dense_and_unchanged_between_rows(bench: QualityBench, measured: dict[str, dict[str, object]]) -> None:
+    again = bench.measure(Row("dense"))
+    assert {**again, "seconds": 0, "fit_seconds": 0} == {**measured["dense"], "seconds": 0, "fit_seconds": 0}
+
+
+def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
+    every = list(rows(16, (8, 32)))
+    assert len({row.key for row in every}) == len(every)
+    assert every[0] == Row("dense")
+    methods = {row.method for row in every}
+    assert {
+        "dense_floor",
+        "weights_magnitude",
+        "weights_wanda",
+        "naive",
+        "norm",
+        "paper_trained",
+        "paper",
+        "split",
+        "refit",
+        "joint",
+    } <= methods
+    assert {row.rank for row in every if row.method == "split"} == {8, 16, 32}
+    assert {row.selection for row in every if row.method == "joint"} == {"magnitude", "shift", "permutation", "shift+permutation"}
+
+
+def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    results = Results(tmp_path, "tiny", {"prompts": 3})
+    for name, row in measured.items():
+        results.add(name, row, ["gpu: none"])
+    lines = (tmp_path / "quality.csv").read_text().splitlines()
+    assert lines[:2] == ["# model: tiny", "# gpu: none"]
+    table = list(csv.DictReader(lines[2:]))
+    assert tuple(table[0]) == COLUMNS
+    assert [row["method"] for row in table] == [row["method"] for row in measured.values()]
+    assert table[0]["velocity_rel_err"] == "0" and table[0]["psnr_db"] == "" and float(table[4]["psnr_db"]) > 0
+    intervals = list(csv.DictReader((tmp_path / "quality_intervals.csv").read_text().splitlines()[2:]))
+    assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
+    layers = list(csv.DictReader((tmp_path / "quality_layers.csv").read_text().splitlines()[2:]))
+    assert {row["layer"] for row in layers} >= {"transformer_blocks.*.attn.to_q", "single_transformer_blocks.*.proj_out"}
+    assert Results(tmp_path, "tiny", {"prompts": 3}).rows.keys() == results.rows.keys()
+    with pytest.raises(InvalidArgumentError, match="another prompts"):
+        Results(tmp_path, "tiny", {"prompts": 4})
+    page = tmp_path / "quality.md"
+    page.write_text(f"# Quality\n\n{BEGIN}\nold\n{END}\nThe end.\n")
+    with_time = {**measured["naive"], "layer_ms": 3.0, "psnr_db": (math.inf, 40.0, math.inf)}  # a picture may be identical
+    Results(tmp_path, "tiny", {"prompts": 3}).add("naive", with_time, ["gpu: none"])
+    for _ in range(2):  # again, it changes nothing
+        assert CliRunner().invoke(app, ["bench", "quality-docs", str(tmp_path), "--page", str(page)]).exit_code == 0
+        text = page.read_text()
+        assert "old" not in text and text.endswith(f"{END}\nThe end.\n") and "- gpu: none" in text
+        assert text.count("\n| naive | magnitude | 0 |") == 2 and "| 3.00 |" in text  # figures, and layers
+    page.write_text("no marks")
+    with pytest.raises(InvalidArgumentError, match="begin"):
+        write_docs(tmp_path, page)
+    Results(tmp_path, "other", {"prompts": 3}).add("dense", measured["dense"], [])
+    text = (tmp_path / "quality.csv").read_text()
+    assert "\nother,dense," in text and "\ntiny,dense," in text
+
+
+def test_pruned_weights_are_two_of_four_and_come_back(bench: QualityBench) -> None:
+    layer = next(iter(bench.layers.values()))
+    before = layer.weight.detach().clone()
+    kept = []
+    for by_activation in (False, True):
+        with pruned_weights(bench.inputs, by_activation):
+            kept.append(layer.weight.detach() != 0)
+            assert (kept[-1].unflatten(1, (-1, 4)).sum(-1) == 2).all()
+            assert torch.equal(layer.weight[kept[-1]], before[kept[-1]])
+        assert torch.equal(layer.weight, before)
+    assert not torch.equal(*kept)
+
+
+def test_the_judge_knows_drawings_and_their_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scenes = random_scenes(300, generator)
+    drawn = draw(scenes, generator) / 2 + 0.5
+    judge = Judge(SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME), scenes)
+    real, grey = judge.look(drawn), judge.look(torch.full_like(drawn, 0.5))
+    assert real.right.sum() / real.asked.sum() > 0.98 > 0.5 > grey.right.sum() / grey.asked.sum()
+    assert 0 < judge.frechet(real.features) < 0.1 * judge.frechet(grey.features)
+
+
+# ---- evaluate ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> rtlynx.Evaluation:
+    pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
+    pipe = rtlynx.apply(tiny_pipeline(), SparsityConfig(rank=16))
+    return rtlynx.evaluate(pipe, list(PROMPTS), steps=4, batch_size=2, fewer_steps=2, progress=False)
+
+
+def test_ways_are_compared_with_the_dense_one(evaluation: rtlynx.Evaluation) -> None:
+    dense, sparse, floor, fewer = evaluation.ways
+    assert [way.name for way in evaluation.ways] == ["dense", "sparse", "dense in bfloat16", "dense, 2 of 4 steps"]
+    assert dense.velocity is None and fewer.velocity is None
+    assert sparse.velocity is not None and floor.velocity is not None
+    assert 0 < floor.velocity.value < 0.2 * sparse.velocity.value
+    assert sparse.velocity.low <= sparse.velocity.value <= sparse.velocity.high
+    assert list(sparse.velocity_by_step) == [0, 1, 2, 3]
+    assert floor.psnr_db.value > sparse.psnr_db.value and 0 < sparse.ssim.value < floor.ssim.value <= 1  # type: ignore[union-attr]
+    assert len(evaluation.layer_errors) == 17 and all(0 < error < 1 for error in evaluation.layer_errors.values())
+
+
+def test_the_report_is_complete(evaluation: rtlynx.Evaluation, tmp_path: Path) -> None:
+    files = write_report(evaluation, tmp_path / "report", {"model": "tiny"})
+    assert sorted(path.name for path in files) == ["eval.csv", "eval.html", "eval_layers.csv", "eval_steps.csv"]
+    page = files[0].read_text()
+    assert page.count("<img ") >= 4 * 2 and "http" not in page
+    figures = list(csv.DictReader((tmp_path / "report" / "eval.csv").read_text().splitlines()))
+    assert {row["figure"] for row in figures} == {"velocity", "psnr_db", "ssim", "seconds"}
+
+
+def test_what_cannot_be_evaluated_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="without sparse layers"):
+        rtlynx.evaluate(tiny_pipeline(), PROMPTS)
+    pipe = rtlynx.apply(tiny_pipeline())
+    with pytest.raises(InvalidArgumentError, match="one sparse transformer at a time"):
+        two = SimpleNamespace(transformer=pipe.transformer, transformer_2=rtlynx.apply(tiny_pipeline()).transformer)
+        rtlynx.evaluate(two, PROMPTS)
+    for arguments, piece in (({"prompts": []}, "at least one"), ({"prompts": PROMPTS, "metrics": ["magic"]}, "magic")):
+        with pytest.raises(InvalidArgumentError, match=piece):
+            rtlynx.evaluate(pipe, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_trajectory_finds_a_model_that_says_a_tenth_more() -> None:
+    class Model(nn.Module):
+        factor = 1.0
+
+        def forward(self, hidden_states: Tensor, scale: Tensor) -> tuple[Tensor]:
+            return (self.factor * scale * hidden_states,)
+
+    model, trajectory, scale = Model(), Trajectory(), torch.tensor(2.0)
+    latents = torch.ones(3, 5)
+    with trajectory.recording(model, lambda call: call != 1, per_run=3):
+        for _ in range(2 * 3):
+            model(hidden_states=latents, scale=scale)
+            latents += 1  # in place, as some schedulers do
+    assert trajectory.steps == [0, 2]
+    assert trajectory.errors(model).relative() == 0
+    model.factor = 1.1
+    errors = trajectory.errors(model)
+    assert errors.squared.shape == (2, 6)
+    assert errors.relative() == pytest.approx(0.1) and errors.by_step() == pytest.approx([0.1, 0.1])
+    assert len({id(inputs["scale"]) for _, inputs, _ in trajectory.calls}) == 2  # copied once a run, not once a call
+
+
+def test_intervals_cover_the_mean_and_are_paired() -> None:
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    found = mean_interval(values)
+    assert found.value == pytest.approx(float(values.mean()))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * float(values.std()) / math.sqrt(200), rel=0.25)
+    assert mean_interval(values + 1).low == pytest.approx(found.low + 1)
+    assert interval(lambda chosen: 3.0, 5, resamples=0) == (3.0, 3.0, 3.0)
+
+
+def test_psnr() -> None:
+    reference = torch.full((2, 3, 8, 8), 0.5)
+    assert psnr_db(reference + 0.1, reference).tolist() == pytest.approx([20, 20], abs=1e-4)
+    assert psnr_db(reference, reference).tolist() == [math.inf] * 2
+
+
+def test_the_commands_refuse_in_words(tmp_path: Path) -> None:
+    for arguments, piece in (
+        (["bench", "quality", "--model", str(tmp_path), "--device", "cpu"], FILE_NAME),
+        (["bench", "quality", "--only", "magic", "--device", "cpu", "--out", str(tmp_path)], "magic"),
+        (["calibrate", "somewhere/model", "-o", str(tmp_path / "a.safetensors")], "one prompt a line"),
+        (["eval", "somewhere/model"], "one prompt a line"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and piece in result.output, result.output

@@ -1,0 +1,115 @@
+"""Diffusers' own models select once for each input their recipe says is shared, and fused projections stay sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rtlynx
+from rtlynx import SparseLinear, SparsityConfig, ops
+from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
+
+ALL = {**TINY, **NEIGHBOURS}
+families = pytest.mark.parametrize("family", ALL)
+
+SELECTIONS = {
+    "flux": (1 * 2 * (1 + 1 + 1 + 1)) + 2 * (1 + 1),  # two streams of qkv, out, up, down; then everything but proj_out at once
+    "qwen_image": 2 * 2 * 4,
+    "z_image": 4 * (1 + 1 + 1 + 1),  # qkv, out, w1 and w3, w2
+    "flux2": 2 * 4 + 2 * 2,
+    "sd3": 3 * 2 * 4 + 2 - 3,  # the second attention of the first block: qkv and out; no text output of the last block
+    "pixart": 2 * (2 + 3 + 2),  # cross-attention: q, kv, out
+    "wan": 2 * (2 + 4 + 2),  # and the image's kv
+    "hunyuan_video": 2 * 4 + 2 * 3 + 4,  # proj_mlp reads a copy
+    "ltx": 2 * (2 + 3 + 2),
+}
+"""Family → how often its small model selects."""
+
+
+def build(tiny: Tiny, config: SparsityConfig | None = None) -> tuple[Any, dict[str, Any]]:
+    """With a branch in every layer, one `comp_down` for all of the same width."""
+    model, inputs = tiny.build("cpu", torch.float32), tiny.inputs("cpu", torch.float32)
+    rtlynx.apply(model, config or SparsityConfig(rank=16))
+    rng = torch.Generator().manual_seed(0)
+    downs: dict[int, Tensor] = {}
+    for layer in layers(model):
+        down = downs.setdefault(layer.in_features, torch.randn(layer.in_features, 16, generator=rng) / 30)
+        layer.set_compensation(down, torch.randn(layer.out_features, 16, generator=rng) / 30)
+    return model, inputs
+
+
+def layers(root: nn.Module) -> list[SparseLinear]:
+    return [module for module in root.modules() if isinstance(module, SparseLinear)]
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    count: list[None] = []
+    sparsify: Callable[..., Any] = ops.sparsify
+
+    def counting(*args: Any) -> Any:
+        count.append(None)
+        return sparsify(*args)
+
+    monkeypatch.setattr(ops, "sparsify", counting)
+    return count
+
+
+@families
+def test_selections_of_a_forward(family: str, selections: list[None]) -> None:
+    model, inputs = build(ALL[family])
+    shared = output(model, inputs)
+    assert len(selections) == SELECTIONS[family]
+    assert all(layer.input_group is None or layer.input_group._kept is None for layer in layers(model))
+    for layer in layers(model):
+        layer.input_group = None
+    assert torch.equal(output(model, inputs), shared)
+    assert len(selections) == SELECTIONS[family] + ALL[family].sparse_layers
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart", "wan"])  # those that diffusers can fuse
+@pytest.mark.parametrize("selection", ["magnitude", "weight"])
+def test_fused_projections_stay_sparse(family: str, selection: str, selections: list[None]) -> None:
+    model, inputs = build(ALL[family], SparsityConfig(rank=16, selection=selection))  # type: ignore[arg-type]
+    want = output(model, inputs)
+    before = len(selections)
+    model.fuse_qkv_projections()
+    fused = [name for name, module in model.named_modules() if name.rpartition(".")[2].startswith(("to_qkv", "to_kv", "to_added"))]
+    assert fused and all(isinstance(model.get_submodule(name), SparseLinear) for name in fused)
+    assert relative_error(output(model, inputs), want) < 1e-5
+    assert len(selections) - before <= SELECTIONS[family]
+    rtlynx.apply(model, SparsityConfig(rank=16, selection=selection))  # type: ignore[arg-type]
+    assert relative_error(output(model, inputs), want) < 1e-5
+    model.unfuse_qkv_projections()
+    before = len(selections)
+    assert torch.equal(output(model, inputs), want)
+    assert len(selections) - before == SELECTIONS[family]
+
+
+def test_fusing_a_dense_model_gives_dense_layers() -> None:
+    rtlynx.apply(TINY["flux"].build("cpu", torch.float32))  # its classes know of rtlynx now
+    model: Any = TINY["flux"].build("cpu", torch.float32)
+    model.fuse_qkv_projections()
+    assert type(model.transformer_blocks[0].attn.to_qkv) is nn.Linear
+
+
+def test_branches_of_their_own_are_fused_side_by_side_or_not_at_all(caplog: pytest.LogCaptureFixture) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for rank, fits in ((32, True), (48, False)):
+        model, inputs = build(TINY["flux"], SparsityConfig(rank=rank))
+        for layer in layers(model):
+            down, up = (torch.randn(n, rank, generator=rng) / 30 for n in (layer.in_features, layer.out_features))
+            layer.set_compensation(down, up, torch.ones(layer.in_features) / 10)
+        want = output(model, inputs)
+        model.fuse_qkv_projections()
+        fused = model.single_transformer_blocks[0].attn.to_qkv
+        assert isinstance(fused, SparseLinear) is fits
+        if fits:
+            assert fused.rank == 3 * rank
+            assert relative_error(output(model, inputs), want) < 1e-5
+        else:
+            assert "rank 144" in caplog.text
