@@ -22,7 +22,7 @@ HOME = Path(".nox/rtlynx").resolve()
 BIN = HOME / "bin"
 TOOLCHAIN = Path(".nox/nvcc").resolve()
 """nvcc from PyPI, away from torch, which pins other releases of the same CUDA wheels."""
-PYTHON_FILES = ("python", "tests", "noxfile.py")
+PYTHON_FILES = ("python", "tests", "examples", "noxfile.py")
 
 
 @nox.session(venv_backend="none")
@@ -59,8 +59,8 @@ def sanitize(session: nox.Session) -> None:
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
-    ours = ("--kernel-name", "kns=sparsify", "--kernel-name", "kns=spmm")
-    ops = ("tests/gpu/test_sparsify.py", "tests/gpu/test_sparse_linear.py")
+    ours = ("--kernel-name", "kns=sparsify", "--kernel-name", "kns=spmm", "--kernel-name", "kns=fused", "--kernel-name", "kns=probe")
+    ops = ("tests/gpu/test_sparsify.py", "tests/gpu/test_sparse_linear.py", "tests/gpu/test_fused_linear.py")
     for tool, kernels, tests in (("memcheck", ours, ("tests/gpu",)), ("racecheck", ours, ops), ("initcheck", (), ops)):
         options = ("--tool", tool, *kernels, "--error-exitcode", "1", "--target-processes", "all")
         run(session, sanitizer, *options, "python", "-m", "pytest", *tests, "-x", "-m", "not large", *session.posargs)
@@ -68,10 +68,10 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Time the layer and its parts on this machine's GPU; the figures go to benches/results."""
-    install(session, strict=False)
-    for shapes in ("dit", "small", "odd"):
-        run(session, "rtlynx", "bench", "gemm", "--shapes", shapes, "--out", "benches/results", *session.posargs)
+    """Time the layer, its parts and its peers on this machine's GPU; figures and pictures go to benches/results."""
+    install(session, "[bench]", strict=False)
+    shapes = ("--shapes", "dit", "--shapes", "small", "--shapes", "odd")
+    run(session, "rtlynx", "bench", "gemm", *shapes, "--out", "benches/results", *session.posargs)
 
 
 @nox.session(venv_backend="none")
