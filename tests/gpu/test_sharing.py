@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -112,8 +112,12 @@ def selecting_model(family: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     return model, inputs
 
 
-# Compiled code rounds less often between layers, and one rounding can flip near-ties of every later selection.
-COMPILED_TOLERANCE = 0.2
+# Compiled code keeps in float32 what eager rounds between operations, and one rounding flips near-ties of every later selection.
+# Here it rounds where eager does, so that what differs is the graph and not the chaos.
+@pytest.fixture(autouse=True)
+def compiled_code_rounds_like_eager() -> Iterator[None]:
+    with torch._inductor.config.patch(emulate_precision_casts=True, fx_graph_cache=False):
+        yield
 
 
 @pytest.mark.parametrize("family", sorted(TINY))
@@ -121,9 +125,8 @@ def test_compiled_blocks_select_once(family: str) -> None:
     model, inputs = selecting_model(family)
     eager = output(model, inputs)
     model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
-    with torch._inductor.config.patch(fx_graph_cache=False):
-        got, code = run_and_get_code(lambda: output(model, inputs).clone())
-    assert relative_error(got, eager) < COMPILED_TOLERANCE
+    got, code = run_and_get_code(lambda: output(model, inputs).clone())
+    assert relative_error(got, eager) < 3e-2
     assert code
     for block in code:
         layers = block.count("rtlynx.sparse_linear.default(")
@@ -137,4 +140,4 @@ def test_a_compiled_model_runs_as_a_cuda_graph(family: str) -> None:
     compiled = torch.compile(model, mode="reduce-overhead")
     for _ in range(4):  # warm-up, capture, replays
         torch.compiler.cudagraph_mark_step_begin()
-        assert relative_error(output(compiled, inputs), eager) < COMPILED_TOLERANCE
+        assert relative_error(output(compiled, inputs), eager) < 3e-2

@@ -194,6 +194,17 @@ def test_what_the_layer_computes_gets_better_with_everything_that_is_added() -> 
     assert errors[-1] < 0.1 * errors[0], errors
 
 
+def test_split_and_paper_reduce_held_out_error_and_rank_helps_split() -> None:
+    held_out = activations(2000, seed=1)
+    errors = {(method, rank): fitted_error(Fit(method, rank), held_out)["layer0"] for method in ("split", "paper") for rank in (16, 32, 48)}
+    without = fitted_error(Fit("plain", 0), held_out)["layer0"]
+    split = [without, *(errors["split", rank] for rank in (16, 32, 48))]
+    assert split == sorted(split, reverse=True), errors
+    assert split[3] < 0.5 * split[0], errors
+    assert errors["paper", 16] < 0.95 * without, errors
+    assert errors["split", 32] < errors["paper", 32], errors  # the paper's branch gains little from rank
+
+
 @pytest.mark.parametrize("method", ["plain", "split", "refit", "joint", "paper"])
 @pytest.mark.parametrize("selection", [(), ("shift",), ("permutation",), ("shift", "permutation")])
 def test_a_bias_takes_the_mean_error_away(method: str, selection: tuple[str, ...]) -> None:

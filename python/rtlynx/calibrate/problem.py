@@ -11,7 +11,11 @@ from torch import Tensor
 
 from rtlynx.calibrate.factor import Branch
 from rtlynx.calibrate.moments import Moments
+from rtlynx.calibrate.selection.vectors import Piece
 from rtlynx.config import Branch as BranchInput
+
+READS: dict[BranchInput, Piece] = {"input": "whole", "dropped": "dropped"}
+"""What a branch reads → what the moments call it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,12 @@ class Problem:
     def wt(self) -> Tensor:
         """Wᵀ, ``(K, N)`` float64, where the moments are."""
         return self.weight.detach().to(self.moments.device, torch.float64).T
+
+    def best_branch(self, reads: BranchInput) -> Branch:
+        """The C of this rank that minimises ``mean ‖missed·Wᵀ - Z C‖²``, Z being what the branch reads: reduced-rank regression."""
+        piece = READS[reads]
+        target = self.moments.product(piece, "missed").double() @ self.wt
+        return self.moments.factor(piece, self.ridge).branch(target, self.rank)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def fitted_bias(problem: Problem, solution: Solution, method_branch: BranchInput
     if solution.weight_change is not None:
         bias = bias - moments.mean("kept") @ solution.weight_change
     if solution.branch is not None:
-        read = moments.mean("whole" if method_branch == "input" else "dropped")
+        read = moments.mean(READS[method_branch])
         bias = bias - (read @ solution.branch.down) @ solution.branch.up.T
     return bias
 

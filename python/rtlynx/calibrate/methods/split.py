@@ -17,9 +17,7 @@ class _Split:
     own_weight = False
 
     def solve(self, problem: Problem) -> Solution:
-        moments = problem.moments
-        target = moments.product("dropped", "missed").double() @ problem.wt
-        return Solution(moments.factor("dropped", problem.ridge).branch(target, problem.rank))
+        return Solution(problem.best_branch(self.branch))
 
 
 SPLIT = _Split()
