@@ -93,7 +93,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
       if (p.shift) subtract_shift<T>(p, row, col, x);
       const SelectedTile<T> selected(p, col, x);
       word = selected.word;
-      if (writes_selection) selected.store_values(p, row, col);
+      if (writes_selection) selected.template store_values<T>(p, row, col);
 #pragma unroll
       for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
       if constexpr (kRankCapacity > 0) project<T, kPiece>(p, col, n0 + g * kPiece, selected.branch_input, d);

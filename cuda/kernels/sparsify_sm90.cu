@@ -158,7 +158,7 @@ __device__ __forceinline__ float2 sum_over_cluster(uint32_t shared, uint32_t uni
 }
 
 // A rank larger than the capacity is split over blockIdx.y; only blocks with blockIdx.y == 0 write what does not belong to the branch.
-template <class T, int kRankCapacity>
+template <class T, class Operand, int kRankCapacity>
 __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
   using Ring = Stages<kRankCapacity>;
   constexpr int kCount = kRankCapacity ? kRankCapacity / 2 : 4;  // accumulators of a lane: 2 rows x a quarter of the columns
@@ -205,8 +205,8 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
           if (p.shift) subtract_shift<T>(p, row, col, x);
           const SelectedTile<T> selected(p, col, x);
           if constexpr (kRankCapacity > 0) project<T, kDownSwizzle<kRankCapacity>>(ring.down(unit), selected.branch_input, d);
-          words[s] = selected.word;
-          if (writes_selection) selected.store_values(p, row, col);
+          words[s] = stored_word<Operand>(selected.word);
+          if (writes_selection) selected.template store_values<Operand>(p, row, col);
 #pragma unroll
           for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
           if constexpr (kRankCapacity > 0) {
@@ -265,16 +265,18 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                         \
+#define RTLYNX_SPARSIFY(name, T, Operand, rank_capacity)                                \
   extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity ? 2 : 3) \
       name(const __grid_constant__ rtlynx::SparsifySm90Params p) {                      \
-    rtlynx::sparsify_sm90<rtlynx::T, rank_capacity>(p);                                 \
+    rtlynx::sparsify_sm90<rtlynx::T, rtlynx::Operand, rank_capacity>(p);                \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T) \
-  RTLYNX_SPARSIFY(prefix##_r0, T, 0)     \
-  RTLYNX_SPARSIFY(prefix##_r16, T, 16)   \
-  RTLYNX_SPARSIFY(prefix##_r32, T, 32)   \
-  RTLYNX_SPARSIFY(prefix##_r64, T, 64)
+#define RTLYNX_SPARSIFY_RANKS(prefix, T, Operand) \
+  RTLYNX_SPARSIFY(prefix##_r0, T, Operand, 0)     \
+  RTLYNX_SPARSIFY(prefix##_r16, T, Operand, 16)   \
+  RTLYNX_SPARSIFY(prefix##_r32, T, Operand, 32)   \
+  RTLYNX_SPARSIFY(prefix##_r64, T, Operand, 64)
 
-RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16, Bf16)
-RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16, F16)
+RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16, Bf16, Bf16)
+RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16, F16, F16)
+RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16e4m3, Bf16, E4m3)
+RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16e4m3, F16, E4m3)

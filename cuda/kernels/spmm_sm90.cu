@@ -1,11 +1,13 @@
-// spmm_sm90: Y = row_scale · (S(X) · W^T) + branch · comp_up^T + bias with wgmma.sp, for Hopper.
+// spmm_sm90: Y = row_scale · (S(X) · W^T) · weight_scale + branch · comp_up^T + bias with wgmma.sp, for Hopper.
 //
-// A persistent block computes tiles of 256 rows of Y. Warpgroup 0 produces: one thread copies stages of 64 dense columns by TMA, as far ahead as
-// the ring is deep, across tile boundaries. Warpgroups 1 and 2 consume: each owns 128 rows, two m64 tiles.
+// A persistent block computes tiles of 256 rows of Y. Warpgroup 0 produces: one thread copies stages of 128 bytes of W's rows by TMA, as far ahead
+// as the ring is deep, across tile boundaries. Warpgroups 1 and 2 consume: each owns 128 rows, two m64 tiles.
 //
 //                     stage (up to 40 KB)               per warpgroup and stage
-//   A   256 rows x 32 values, 64-byte rows, SW64        2 m64 tiles x 2 k-steps of wgmma.sp m64nNk32
-//   W   N rows x 64,         128-byte rows, SW128
+//   A   256 rows x 64 bytes of values,  SW64            2 m64 tiles x 2 k-steps of wgmma.sp m64nNk32 (m64nNk64 with 8-bit operands)
+//   W   N rows x 128 bytes,             SW128           64 dense columns (128)
+//
+// Operands are of T, or e4m3: half the bytes and twice the columns an instruction; all else stays of T.
 //
 // After K come ⌈rank / 32⌉ stages of the branch: 256 x 32 of `branch`, N x 32 of `comp_up`, both SW64, dense m64nNk16 steps into the same
 // accumulators, which have become row_scale · (S(X) · W^T) + bias by then. The metadata goes straight to registers, a stage ahead: 1/16 of the
@@ -30,21 +32,25 @@
 namespace rtlynx {
 namespace {
 
-constexpr int kBM = 256, kBK = kWordCols;
-constexpr int kRankStep = 32;  // columns of the branch in a stage
-constexpr int kConsumers = 2;  // warpgroups
+constexpr int kBM = 256;
+constexpr int kRowBytes = 128;  // of W in a stage
+constexpr int kRankStep = 32;   // columns of the branch in a stage
+constexpr int kConsumers = 2;   // warpgroups
 constexpr int kThreads = 128 * (1 + kConsumers);
 constexpr int kTilesM = kBM / kConsumers / 64;  // m64 tiles of a warpgroup
 constexpr int kGroupM = 16;                     // tile rows that share their columns of W in L2 before the next columns come
-constexpr uint32_t kABytes = kBM * kBK;         // half of the columns, 2 bytes each
+constexpr uint32_t kABytes = kBM * kRowBytes / 2;
 
-// What depends on the width of a tile.
-template <class T_, int kBN_, int kStages_>
+// What depends on the element types and the width of a tile.
+template <class T_, class Operand_, int kBN_, int kStages_>
 struct Tile {
   using T = T_;
+  using Operand = Operand_;  // of the sparse product
   static constexpr int kBN = kBN_, kStages = kStages_;
-  static constexpr int kBlocksN = kBN / 8;  // n8 blocks of a fragment
-  static constexpr uint32_t kStageBytes = kABytes + kBN * kBK * 2;
+  static constexpr int kBK = kRowBytes / kBytesOf<Operand>;  // dense columns of a stage
+  static constexpr int kWords = kBK / kWordCols;             // metadata words of a stage
+  static constexpr int kBlocksN = kBN / 8;                   // n8 blocks of a fragment
+  static constexpr uint32_t kStageBytes = kABytes + kBN * kRowBytes;
   static constexpr uint32_t kBranchBytes = (kBM + kBN) * kRankStep * 2;
   using Accumulators = float[kTilesM][kBN / 2];
 };
@@ -89,9 +95,15 @@ __device__ __forceinline__ TileOrigin tile_origin(const SpmmSm90Params& p, int i
   return {(first + within % rows) * kBM, within / rows * Config::kBN};
 }
 
+// The last may reach past K: what is read there is zeros, and padding in the metadata.
+template <class Config>
+__device__ __forceinline__ int stages_of_k(const SpmmSm90Params& p) {
+  return (p.k + Config::kBK - 1) / Config::kBK;
+}
+
 template <class Config>
 __device__ __forceinline__ void produce(const SpmmSm90Params& p, Shared<Config> shared) {
-  const int steps = p.k / kBK;
+  const int steps = stages_of_k<Config>(p);
   Ring<Config::kStages> ring;
   for (int tile = blockIdx.x; tile < tile_count<Config>(p); tile += gridDim.x) {
     const TileOrigin origin = tile_origin<Config>(p, tile);
@@ -100,8 +112,8 @@ __device__ __forceinline__ void produce(const SpmmSm90Params& p, Shared<Config> 
       const uint32_t full = shared.full(ring.stage);
       if (s < steps) {
         ptx::mbarrier_arrive_expect(full, Config::kStageBytes);
-        ptx::tma_load_2d(shared.a(ring.stage), p.values, s * kBK / 2, origin.m, full);
-        ptx::tma_load_2d(shared.w(ring.stage), p.weight, s * kBK, origin.n, full);
+        ptx::tma_load_2d(shared.a(ring.stage), p.values, s * Config::kBK / 2, origin.m, full);
+        ptx::tma_load_2d(shared.w(ring.stage), p.weight, s * Config::kBK, origin.n, full);
       } else {
         ptx::mbarrier_arrive_expect(full, Config::kBranchBytes);
         ptx::tma_load_2d(shared.a(ring.stage), p.branch, (s - steps) * kRankStep, origin.m, full);
@@ -123,6 +135,7 @@ template <class Config>
 struct Consumer {
   using T = typename Config::T;
   using Accumulators = typename Config::Accumulators;
+  using Words = uint32_t[kTilesM][Config::kWords];  // metadata of a stage
 
   const SpmmSm90Params& p;
   Shared<Config> shared;
@@ -136,27 +149,38 @@ struct Consumer {
     for (int i = 0; i < kTilesM; ++i) offsets[i] = metadata_index(min(row + 64 * i, padded_rows(p.m) - kTileRows), 0, lane, p.m);
   }
 
-  __device__ __forceinline__ void load_metadata(const uint32_t (&offsets)[kTilesM], int step, uint32_t (&words)[kTilesM]) const {
-    const uint32_t* block = p.metadata + metadata_index(0, step * kBK, 0, p.m);
+  __device__ __forceinline__ void load_metadata(const uint32_t (&offsets)[kTilesM], int step, Words& words) const {
+    const uint32_t* block = p.metadata + metadata_index(0, step * Config::kBK, 0, p.m);
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) words[i] = __ldg(block + offsets[i]);
+    for (int i = 0; i < kTilesM; ++i) ptx::load_words(block + offsets[i], words[i]);
   }
 
   __device__ __forceinline__ void release(int stage) const {
     if (lane == 0) ptx::mbarrier_arrive(shared.empty(stage));
   }
 
+  // One k-step of a stage.
+  template <int kStep>
+  __device__ __forceinline__ void multiply_step(float (&d)[Config::kBN / 2], uint64_t a, uint64_t w,
+                                                const uint32_t (&words)[Config::kWords], bool add) const {
+    if constexpr (Config::kWords == 1) {
+      ptx::wgmma_sp_k32<kStep>(typename Config::Operand{}, d, a, w, words[0], add);
+    } else {
+      ptx::wgmma_sp_k64(typename Config::Operand{}, d, a, w, words[kStep], add);
+    }
+  }
+
   // Issues one stage of sparse products, then waits for those of the stage before, which frees that stage and its metadata registers.
-  __device__ __forceinline__ void sparse_stage(Accumulators& acc, const uint32_t (&metadata)[kTilesM], bool first) {
+  __device__ __forceinline__ void sparse_stage(Accumulators& acc, const Words& metadata, bool first) {
     ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
     const uint64_t a = ptx::matrix_descriptor<ptx::Swizzle::k64Bytes>(shared.a(ring.stage) + group * kTilesM * 64 * 64);
     const uint64_t w = ptx::matrix_descriptor<ptx::Swizzle::k128Bytes>(shared.w(ring.stage));
     ptx::wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) ptx::wgmma_sp_k32<0>(T{}, acc[i], ptx::advanced(a, i * 64 * 64), w, metadata[i], !first);
+    for (int i = 0; i < kTilesM; ++i) multiply_step<0>(acc[i], ptx::advanced(a, i * 64 * 64), w, metadata[i], !first);
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
-      ptx::wgmma_sp_k32<1>(T{}, acc[i], ptx::advanced(a, i * 64 * 64 + 32), ptx::advanced(w, 64), metadata[i], true);
+      multiply_step<1>(acc[i], ptx::advanced(a, i * 64 * 64 + 32), ptx::advanced(w, 64), metadata[i], true);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
@@ -166,8 +190,9 @@ struct Consumer {
 
   // The sparse products of a tile, the last of them still in flight.
   __device__ __forceinline__ void multiply(Accumulators& acc, int row) {
-    const int steps = p.k / kBK;
-    uint32_t words[kTilesM], even[kTilesM], odd[kTilesM];
+    const int steps = stages_of_k<Config>(p);
+    uint32_t words[kTilesM];
+    Words even, odd;
     find_metadata(row, words);
     load_metadata(words, 0, even);
     // Two stages a round, so that the words being loaded are never those that products in flight still read.
@@ -188,12 +213,14 @@ struct Consumer {
     for (int s = 1; s <= stages; ++s) release(ring.stage >= s ? ring.stage - s : ring.stage - s + Config::kStages);
   }
 
-  // What turns products into Y: the row scales of the lane's rows, g and g + 8 of the warp's m16 tile in each m64 tile, and the tile's biases, shared
-  // out over the warp. Fetched while the last products are in flight.
+  // What turns products into Y: the row scales of the lane's rows, g and g + 8 of the warp's m16 tile in each m64 tile, and the tile's biases and
+  // scales of 8-bit weights, shared out over the warp. Fetched while the last products are in flight.
   struct Affine {
-    static constexpr int kBiases = (Config::kBN + 63) / 64;
+    static constexpr bool kScaledColumns = kBytesOf<typename Config::Operand> == 1;
+    static constexpr int kPairs = (Config::kBN + 63) / 64;
     float scale[kTilesM][2];
-    uint32_t bias[kBiases];  // of columns 64i + 2 lane and + 1
+    uint32_t bias[kPairs];                             // of columns 64i + 2 lane and + 1
+    float2 column_scale[kScaledColumns ? kPairs : 1];  // of the same
   };
 
   __device__ __forceinline__ void load_affine(int row, int column, Affine& affine) const {
@@ -207,22 +234,33 @@ struct Consumer {
     }
     column += 2 * lane;
 #pragma unroll
-    for (int i = 0; i < Affine::kBiases; ++i) {
-      affine.bias[i] = ptx::load_or_zero(static_cast<const uint16_t*>(p.bias) + column + 64 * i, p.bias && column + 64 * i < p.n);
+    for (int i = 0; i < Affine::kPairs; ++i) {
+      const bool inside = column + 64 * i < p.n;
+      affine.bias[i] = ptx::load_or_zero(static_cast<const uint16_t*>(p.bias) + column + 64 * i, p.bias && inside);
+      if constexpr (Affine::kScaledColumns) {
+        const float* scale = p.weight_scale + column + 64 * i;
+        affine.column_scale[i] = {__uint_as_float(ptx::load_or_zero(scale, inside)), __uint_as_float(ptx::load_or_zero(scale + 1, inside))};
+      }
     }
   }
 
   __device__ __forceinline__ void apply_affine(Accumulators& acc, const Affine& affine) const {
 #pragma unroll
     for (int j = 0; j < Config::kBlocksN; ++j) {
-      const float2 bias = T::unpack(__shfl_sync(0xffffffffu, affine.bias[j / 8], 4 * (j % 8) + lane % 4));
+      const int holder = 4 * (j % 8) + lane % 4;
+      const float2 bias = T::unpack(__shfl_sync(0xffffffffu, affine.bias[j / 8], holder));
+      float2 column_scale = {1.0f, 1.0f};
+      if constexpr (Affine::kScaledColumns) {
+        column_scale.x = __shfl_sync(0xffffffffu, affine.column_scale[j / 8].x, holder);
+        column_scale.y = __shfl_sync(0xffffffffu, affine.column_scale[j / 8].y, holder);
+      }
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float* d = acc[i] + 4 * j + 2 * half;
-          d[0] = fmaf(d[0], affine.scale[i][half], bias.x);
-          d[1] = fmaf(d[1], affine.scale[i][half], bias.y);
+          d[0] = fmaf(d[0], affine.scale[i][half] * column_scale.x, bias.x);
+          d[1] = fmaf(d[1], affine.scale[i][half] * column_scale.y, bias.y);
         }
       }
     }
@@ -276,7 +314,7 @@ struct Consumer {
 
   // Waits for a tile's stages and frees them unread.
   __device__ __forceinline__ void pass_over() {
-    for (int s = 0; s < p.k / kBK + branch_stages(p); ++s) {
+    for (int s = 0; s < stages_of_k<Config>(p) + branch_stages(p); ++s) {
       ptx::mbarrier_wait(shared.full(ring.stage), ring.parity);
       release(ring.stage);
       ring.advance();
@@ -334,14 +372,16 @@ __device__ __forceinline__ void spmm_sm90(const SpmmSm90Params& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPMM(name, T, bn, stages)                                                                                     \
+#define RTLYNX_SPMM(name, T, Operand, bn, stages)                                                                            \
   extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1) name(const __grid_constant__ rtlynx::SpmmSm90Params p) { \
-    rtlynx::spmm_sm90<rtlynx::Tile<rtlynx::T, bn, stages>>(p);                                                               \
+    rtlynx::spmm_sm90<rtlynx::Tile<rtlynx::T, rtlynx::Operand, bn, stages>>(p);                                              \
   }
+#define RTLYNX_SPMM_TILES(prefix, bk, T, Operand)             \
+  RTLYNX_SPMM(prefix##_256x192x##bk##_s5, T, Operand, 192, 5) \
+  RTLYNX_SPMM(prefix##_256x168x##bk##_s6, T, Operand, 168, 6) \
+  RTLYNX_SPMM(prefix##_256x144x##bk##_s6, T, Operand, 144, 6)
 
-RTLYNX_SPMM(spmm_sm90_bf16_256x192x64_s5, Bf16, 192, 5)
-RTLYNX_SPMM(spmm_sm90_bf16_256x168x64_s6, Bf16, 168, 6)
-RTLYNX_SPMM(spmm_sm90_bf16_256x144x64_s6, Bf16, 144, 6)
-RTLYNX_SPMM(spmm_sm90_f16_256x192x64_s5, F16, 192, 5)
-RTLYNX_SPMM(spmm_sm90_f16_256x168x64_s6, F16, 168, 6)
-RTLYNX_SPMM(spmm_sm90_f16_256x144x64_s6, F16, 144, 6)
+RTLYNX_SPMM_TILES(spmm_sm90_bf16, 64, Bf16, Bf16)
+RTLYNX_SPMM_TILES(spmm_sm90_f16, 64, F16, F16)
+RTLYNX_SPMM_TILES(spmm_sm90_bf16e4m3, 128, Bf16, E4m3)
+RTLYNX_SPMM_TILES(spmm_sm90_f16e4m3, 128, F16, E4m3)

@@ -76,12 +76,12 @@ def set_plan(device_index: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k:
     Raises InvalidArgumentError for a kernel that cannot run it there and as plan_sparse_linear.
     """
 
-def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, weight: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, out: SupportsIndex) -> None:
+def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, weight: SupportsIndex, weight_scale: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, out: SupportsIndex) -> None:
     """
     Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """
 
-def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, x: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex) -> None:
+def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, x: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
     """
     Enqueue selection, compression, row norms and the branch's projection. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """

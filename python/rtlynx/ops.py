@@ -317,6 +317,7 @@ def _sparsify_cuda(
         branch=branch.data_ptr() if rank else 0,
         branch_of_dropped=branch_input == "dropped",
         eps=eps,
+        values_scale=1.0,
     )
     return out
 
@@ -404,6 +405,7 @@ def _sparse_linear_cuda(
         values=_pointer(op, "values", values),
         metadata=_pointer(op, "metadata", metadata),
         weight=_pointer(op, "weight", weight),
+        weight_scale=0,
         row_scale=_pointer(op, "row_scale", row_scale),
         branch=_pointer(op, "branch", branch),
         comp_up=_pointer(op, "comp_up", comp_up),

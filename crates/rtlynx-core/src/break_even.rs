@@ -56,7 +56,8 @@ fn sparse_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
 /// Selection on the kernel for Hopper.
 fn select_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
     let SparseLinearProblem { dtype, m, k, rank, .. } = *problem;
-    let select = SparsifyProblem { dtype, m, k, ldx: k, rank, norm_compensation: true, branch_of_dropped: true, eps: 0.0 };
+    let select =
+        SparsifyProblem { dtype, m, k, ldx: k, rank, norm_compensation: true, branch_of_dropped: true, eps: 0.0, values_scale: 1.0 };
     let (_, launch) = dispatch::plan_sparsify(arch, &select)?;
     let cluster = i64::from(launch.cluster);
     Ok(dispatch::estimated_select_ns(arch, i64::from(launch.blocks.0) / cluster, ceil_div(k, BLOCK_COLS), cluster))

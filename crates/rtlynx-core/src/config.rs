@@ -53,6 +53,16 @@ pub enum Family {
     Sm90,
 }
 
+impl Family {
+    /// What the kernels of the family compute with.
+    pub const fn dtypes(self) -> &'static [Dtype] {
+        match self {
+            Self::Sm80 => &Dtype::PLAIN,
+            Self::Sm90 => &Dtype::ALL,
+        }
+    }
+}
+
 impl fmt::Display for Family {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -89,7 +99,7 @@ impl SparsifyKernel {
     pub fn all() -> impl Iterator<Item = Self> {
         let families = [Family::Sm80, Family::Sm90].into_iter();
         let variants = families.flat_map(|family| Self::CAPACITIES.map(|capacity| (family, capacity)));
-        variants.flat_map(|(family, capacity)| Dtype::ALL.map(|dtype| Self { family, dtype, capacity }))
+        variants.flat_map(|(family, capacity)| family.dtypes().iter().map(move |&dtype| Self { family, dtype, capacity }))
     }
 
     /// Rows of x that one block serves, or one cluster of blocks.
@@ -156,12 +166,17 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// Dense columns of one pipeline stage.
-    pub const BK: i64 = 64;
+    /// Bytes of a row of weights in one pipeline stage.
+    const ROW_BYTES: i64 = 128;
 
-    /// Bytes one stage brings to shared memory: compressed activations (half of the columns) and weights, 2 bytes each.
+    /// Dense columns of one pipeline stage.
+    pub const fn bk(dtype: Dtype) -> i64 {
+        Self::ROW_BYTES / dtype.operand_bytes()
+    }
+
+    /// Bytes one stage brings to shared memory: compressed activations (half of the columns) and weights.
     pub const fn stage_bytes(&self) -> i64 {
-        (self.bm * Self::BK / 2 + self.bn * Self::BK) * 2
+        (self.bm / 2 + self.bn) * Self::ROW_BYTES
     }
 
     /// Dynamic shared memory of a block.
@@ -174,13 +189,6 @@ impl Tile {
     }
 }
 
-/// `128x64x64_s4`
-impl fmt::Display for Tile {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}x{}_s{}", self.bm, self.bn, Self::BK, self.stages)
-    }
-}
-
 /// The tile table: on equal cost dispatch takes the first.
 ///
 /// The times only rank tiles against each other. They are a tile's share of a busy multiprocessor of an H200: where several blocks are
@@ -190,6 +198,8 @@ impl fmt::Display for Tile {
 /// - sm80 128x128: 384 TFLOP/s (2MNK a second) on large problems, which is 720 ns a step with the tile's share in it. At K = 3072 that is
 ///   680 and 2000 ns, if the tile takes as long per output element as on sm90. The smaller tiles are scaled from it: a step by the sum of the clocks
 ///   of tensor cores (`bm · bn / 32`) and shared memory (`3 · stage bytes / 128`), a tile by its output elements.
+///
+/// A stage of e4m3 has the bytes and the instructions of one of 16-bit elements, and twice the columns.
 pub const TILES: [Tile; 6] = [
     Tile { bn: 192, stages: 5, step_ns: 640, tile_ns: 5200, ..SM90 },
     Tile { bn: 168, stages: 6, step_ns: 610, tile_ns: 4550, ..SM90 },
@@ -203,7 +213,7 @@ pub const TILES: [Tile; 6] = [
 const SM80: Tile = Tile { family: Family::Sm80, bm: 0, bn: 0, threads: 128, stages: 4, persistent: false, step_ns: 0, tile_ns: 0 };
 const SM90: Tile = Tile { family: Family::Sm90, bm: 256, bn: 0, threads: 384, stages: 0, persistent: true, step_ns: 0, tile_ns: 0 };
 
-/// `spmm_{family}_{dtype}_{tile}`
+/// `spmm_{family}_{dtype}_{bm}x{bn}x{bk}_s{stages}`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SpmmKernel {
     /// Element type.
@@ -215,13 +225,14 @@ pub struct SpmmKernel {
 impl SpmmKernel {
     /// Every kernel of the tile table.
     pub fn all() -> impl Iterator<Item = Self> {
-        TILES.into_iter().flat_map(|tile| Dtype::ALL.map(|dtype| Self { dtype, tile }))
+        TILES.into_iter().flat_map(|tile| tile.family.dtypes().iter().map(move |&dtype| Self { dtype, tile }))
     }
 }
 
 impl fmt::Display for SpmmKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spmm_{}_{}_{}", self.tile.family, self.dtype, self.tile)
+        let Tile { family, bm, bn, stages, .. } = self.tile;
+        write!(f, "spmm_{family}_{}_{bm}x{bn}x{}_s{stages}", self.dtype, Tile::bk(self.dtype))
     }
 }
 
@@ -241,19 +252,21 @@ pub struct FusedTile {
 }
 
 impl FusedTile {
+    /// Dense columns of one pipeline stage.
+    pub const BK: i64 = 64;
     /// Threads of a block.
     pub const THREADS: u32 = 128;
 
     /// Dynamic shared memory of a block: stages of dense activations and weights, 2 bytes an element.
     pub const fn shared_bytes(&self) -> i64 {
-        self.stages as i64 * (self.bm + self.bn) * Tile::BK * 2
+        self.stages as i64 * (self.bm + self.bn) * Self::BK * 2
     }
 }
 
 /// `128x64x64_s3`
 impl fmt::Display for FusedTile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}x{}_s{}", self.bm, self.bn, Tile::BK, self.stages)
+        write!(f, "{}x{}x{}_s{}", self.bm, self.bn, Self::BK, self.stages)
     }
 }
 
@@ -279,7 +292,7 @@ pub struct FusedKernel {
 impl FusedKernel {
     /// Every kernel of the tile table.
     pub fn all() -> impl Iterator<Item = Self> {
-        FUSED_TILES.into_iter().flat_map(|tile| Dtype::ALL.map(|dtype| Self { dtype, tile }))
+        FUSED_TILES.into_iter().flat_map(|tile| Dtype::PLAIN.map(|dtype| Self { dtype, tile }))
     }
 }
 
@@ -332,9 +345,10 @@ mod tests {
         assert_eq!(sparsify(Family::Sm80), "sparsify_bf16_r64");
         assert_eq!(sparsify(Family::Sm90), "sparsify_sm90_bf16_r64");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
+        assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0] }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[4] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
-        assert_eq!(SparsifyKernel::all().count(), 16);
-        assert_eq!(SpmmKernel::all().count(), 12);
+        assert_eq!(SparsifyKernel::all().count(), 24);
+        assert_eq!(SpmmKernel::all().count(), 18);
     }
 
     #[test]

@@ -60,6 +60,9 @@ pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(Sparsify
     let [.., largest] = SparsifyKernel::CAPACITIES;
     let capacity = SparsifyKernel::CAPACITIES.into_iter().find(|&capacity| capacity >= problem.rank).unwrap_or(largest);
     let family = if arch.has(Family::Sm90) { Family::Sm90 } else { Family::Sm80 };
+    if !family.dtypes().contains(&problem.dtype) {
+        return Err(Error::UnsupportedPrecision { op: SPARSIFY, capability: arch.capability });
+    }
     let kernel = SparsifyKernel { family, dtype: problem.dtype, capacity };
     // Padding rows too: the metadata describes them, and the GEMM reads it whole.
     let row_blocks = ceil_div(padded_rows(problem.m), kernel.rows());
@@ -105,7 +108,7 @@ pub(crate) fn estimated_select_ns(arch: &Arch, row_blocks: i64, column_blocks: i
 pub fn candidates(arch: &Arch, problem: &SparseLinearProblem) -> Result<impl Iterator<Item = (SpmmKernel, Launch)>> {
     problem.validate()?;
     arch.require_sparse_tensor_cores(SPARSE_LINEAR)?;
-    Ok(TILES.into_iter().filter_map(move |tile| {
+    Ok(TILES.into_iter().filter(|tile| tile.family.dtypes().contains(&problem.dtype)).filter_map(move |tile| {
         let tiles = tiles(&tile, problem);
         let blocks = if tile.persistent { tiles.min(arch.sms.max(1)) } else { tiles };
         let launch = Launch {
@@ -122,8 +125,11 @@ pub fn candidates(arch: &Arch, problem: &SparseLinearProblem) -> Result<impl Ite
 
 /// The GEMM kernel of least estimated time.
 pub fn plan_sparse_linear(arch: &Arch, problem: &SparseLinearProblem) -> Result<(SpmmKernel, Launch)> {
-    // The smallest tile fits every GPU from 8.0 on, so that only the number of tiles can leave no candidate.
+    // The smallest tile fits every GPU from 8.0 on, so that but for e4m3 only the number of tiles can leave no candidate.
     candidates(arch, problem)?.min_by_key(|(kernel, _)| estimated_ns(arch, &kernel.tile, problem)).ok_or_else(|| {
+        if problem.dtype.has_e4m3_operands() && !arch.has(Family::Sm90) {
+            return Error::UnsupportedPrecision { op: SPARSE_LINEAR, capability: arch.capability };
+        }
         let got = format!("{} rows of {} outputs", problem.m, problem.n);
         Error::invalid(SPARSE_LINEAR, "m", got, "fewer than 2^31 output tiles")
     })
@@ -145,7 +151,7 @@ fn tiles(tile: &Tile, problem: &SparseLinearProblem) -> i64 {
 /// It takes as long as its tiles take one after the other, also where it runs several side by side: they share what it has. That holds
 /// for a lone tile too, which waits less for the others but more for memory. What a tile costs besides depends little on the rank.
 fn estimated_ns(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 {
-    let steps = problem.k / Tile::BK;
+    let steps = ceil_div(problem.k, Tile::bk(problem.dtype));
     // Sizes that are valid one by one may be beyond all time together.
     ceil_div(tiles(tile, problem), arch.sms.max(1)).saturating_mul(steps * tile.step_ns + tile.tile_ns)
 }
@@ -167,8 +173,22 @@ mod tests {
         SparseLinearProblem { dtype: Dtype::Bf16, m, n, k, rank: 64 }
     }
 
+    fn e4m3(problem: SparseLinearProblem) -> SparseLinearProblem {
+        SparseLinearProblem { dtype: Dtype::Bf16E4m3, ..problem }
+    }
+
     fn sparsify(m: i64, rank: i64) -> SparsifyProblem {
-        SparsifyProblem { dtype: Dtype::F16, m, k: 3072, ldx: 3072, rank, norm_compensation: true, branch_of_dropped: true, eps: 1e-8 }
+        SparsifyProblem {
+            dtype: Dtype::F16,
+            m,
+            k: 3072,
+            ldx: 3072,
+            rank,
+            norm_compensation: true,
+            branch_of_dropped: true,
+            eps: 1e-8,
+            values_scale: 1.0,
+        }
     }
 
     fn name(capability: (u32, u32), problem: SparseLinearProblem) -> String {
@@ -191,6 +211,18 @@ mod tests {
                 let name = name(capability, problem);
                 assert!(name.starts_with("spmm_sm80"), "{capability:?}: {name}");
             }
+        }
+    }
+
+    #[test]
+    fn e4m3_runs_on_hopper_only() {
+        assert_eq!(name((9, 0), e4m3(linear(4608, 12288, 3072))), "spmm_sm90_bf16e4m3_256x192x128_s5");
+        for arch in [ampere(), h200().portable(), Arch::from_capability((12, 0), 170)] {
+            let refused = |op| Error::UnsupportedPrecision { op, capability: arch.capability };
+            assert_eq!(candidates(&arch, &e4m3(linear(64, 64, 64))).unwrap().count(), 0);
+            assert_eq!(plan_sparse_linear(&arch, &e4m3(linear(64, 64, 64))), Err(refused("sparse_linear")));
+            let problem = SparsifyProblem { dtype: Dtype::F16E4m3, ..sparsify(64, 0) };
+            assert_eq!(plan_sparsify(&arch, &problem), Err(refused("sparsify")));
         }
     }
 
@@ -228,6 +260,7 @@ mod tests {
         assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 640 + 5200);
         assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 640 + 5200);
         assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 640 + 5200));
+        assert_eq!(ns(0, e4m3(linear(256, 192, 3136))), 25 * 640 + 5200);
         assert_eq!(ns(5, linear(65, 64, 64)), 260 + 500);
         assert_eq!(ns(3, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
     }

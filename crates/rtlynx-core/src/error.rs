@@ -45,6 +45,14 @@ pub enum Error {
         /// Compute capability of the GPU.
         capability: (u32, u32),
     },
+    /// The GPU has no sparse tensor cores for such operands that kernels here are written for.
+    #[error("{op}: got e4m3 operands on a GPU of compute capability {}.{}, expected compute capability 9.0; use precision=\"model\" there", capability.0, capability.1)]
+    UnsupportedPrecision {
+        /// The operation that refused.
+        op: &'static str,
+        /// Compute capability of the GPU.
+        capability: (u32, u32),
+    },
     /// This build contains no code for the kernel.
     #[error(
         "this build of rtlynx has no device code for kernel `{kernel}` (it holds {held}); rebuild it with nvcc and without RTLYNX_NO_DEVICE_CODE"

@@ -1,6 +1,6 @@
 //! The whole layer in one kernel: validate, plan, launch. `sparsify` and `sparse_linear` in one, for where that is faster.
 
-use crate::config::{FUSED_TILES, FusedKernel, FusedTile, Kernel, Launch, Tile};
+use crate::config::{FUSED_TILES, FusedKernel, FusedTile, Kernel, Launch};
 use crate::device;
 use crate::dispatch::Arch;
 use crate::error::{Error, Result};
@@ -38,6 +38,9 @@ pub struct FusedLinearProblem {
 impl FusedLinearProblem {
     /// Checks sizes and strides. Unlike sparsify, the kernel counts `ldx` with 32 bits.
     pub fn validate(&self) -> Result<()> {
+        if self.dtype.has_e4m3_operands() {
+            return Err(Error::invalid(FUSED_LINEAR, "dtype", self.dtype, "bfloat16 or float16"));
+        }
         at_least_zero(FUSED_LINEAR, "m", self.m)?;
         positive_multiple(FUSED_LINEAR, "n", self.n, N_MULTIPLE)?;
         positive_multiple(FUSED_LINEAR, "k", self.k, K_MULTIPLE)?;
@@ -125,7 +128,7 @@ fn tiles(tile: &FusedTile, problem: &FusedLinearProblem) -> i64 {
 
 /// Estimated time to rank tiles by: that of the multiprocessor with the most tiles, as for the sparse GEMM.
 fn estimated_ns(arch: &Arch, tile: &FusedTile, problem: &FusedLinearProblem) -> i64 {
-    let steps = problem.k / Tile::BK;
+    let steps = problem.k / FusedTile::BK;
     ceil_div(tiles(tile, problem), arch.sms.max(1)).saturating_mul(steps * tile.step_ns + tile.tile_ns)
 }
 

@@ -81,6 +81,7 @@ fn sparsify_sm90_params(kernel: &SparsifyKernel, problem: &SparsifyProblem, tens
         rank: problem.rank as i32,
         branch_of_dropped: problem.branch_of_dropped.into(),
         eps: problem.eps,
+        values_scale: problem.values_scale,
     })
 }
 
@@ -136,6 +137,7 @@ fn spmm_sm90_params(tile: &Tile, problem: &SparseLinearProblem, tensors: &Sparse
         comp_up: encoded(maps.comp_up)?,
         metadata: tensors.metadata,
         row_scale: tensors.row_scale,
+        weight_scale: tensors.weight_scale,
         bias: tensors.bias,
         out: tensors.out,
         m: problem.m as i32,

@@ -69,6 +69,8 @@ pub struct SparsifySm90Params {
     pub branch_of_dropped: i32,
     /// of the row scale
     pub eps: f32,
+    /// of the stored values, where they are e4m3
+    pub values_scale: f32,
 }
 
 /// What the `spmm_sm80_*` kernels take.
@@ -117,6 +119,8 @@ pub struct SpmmSm90Params {
     pub metadata: Address,
     /// `[m]` f32, or null
     pub row_scale: Address,
+    /// `[n]` f32 where operands are e4m3, else null
+    pub weight_scale: Address,
     /// `[n]`, or null
     pub bias: Address,
     /// `[m, n]` out

@@ -16,22 +16,38 @@ pub(crate) const VECTOR_BYTES: u64 = 16;
 /// Elements of a 16-bit type in one vector.
 pub(crate) const VECTOR_ELEMENTS: i64 = 8;
 
-/// Element type of activations, weights and bias.
+/// Element types of a layer: of activations, branch, bias and output, and of the two operands of the sparse product, which may be e4m3 instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dtype {
     /// bfloat16
     Bf16,
     /// IEEE half precision
     F16,
+    /// bfloat16 with operands of e4m3
+    Bf16E4m3,
+    /// IEEE half precision with operands of e4m3
+    F16E4m3,
 }
 
 impl Dtype {
-    /// Every element type the kernels serve.
-    pub const ALL: [Self; 2] = [Self::Bf16, Self::F16];
+    /// Every combination the kernels serve.
+    pub const ALL: [Self; 4] = [Self::Bf16, Self::F16, Self::Bf16E4m3, Self::F16E4m3];
+    /// One type for everything.
+    pub const PLAIN: [Self; 2] = [Self::Bf16, Self::F16];
 
-    /// Reads torch's name of the type; `op` names the operation in the error.
+    /// Reads torch's name of the type, with `_e4m3` behind it for such operands; `op` names the operation in the error.
     pub fn parse(op: &'static str, name: &str) -> Result<Self> {
-        name.parse().map_err(|()| Error::invalid(op, "dtype", name, "bfloat16 or float16"))
+        name.parse().map_err(|()| Error::invalid(op, "dtype", name, "bfloat16 or float16, or either with _e4m3 behind it"))
+    }
+
+    /// Whether the sparse product multiplies e4m3.
+    pub const fn has_e4m3_operands(self) -> bool {
+        matches!(self, Self::Bf16E4m3 | Self::F16E4m3)
+    }
+
+    /// Bytes of an element of the operands.
+    pub const fn operand_bytes(self) -> i64 {
+        if self.has_e4m3_operands() { 1 } else { 2 }
     }
 }
 
@@ -42,6 +58,8 @@ impl FromStr for Dtype {
         match name {
             "bfloat16" => Ok(Self::Bf16),
             "float16" => Ok(Self::F16),
+            "bfloat16_e4m3" => Ok(Self::Bf16E4m3),
+            "float16_e4m3" => Ok(Self::F16E4m3),
             _ => Err(()),
         }
     }
@@ -53,6 +71,8 @@ impl fmt::Display for Dtype {
         f.write_str(match self {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
+            Self::Bf16E4m3 => "bf16e4m3",
+            Self::F16E4m3 => "f16e4m3",
         })
     }
 }
@@ -60,7 +80,7 @@ impl fmt::Display for Dtype {
 /// Select, compress, measure and project one activation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SparsifyProblem {
-    /// Element type of the activation.
+    /// Element types of the activation and of the values stored.
     pub dtype: Dtype,
     /// Rows (tokens).
     pub m: i64,
@@ -76,6 +96,8 @@ pub struct SparsifyProblem {
     pub branch_of_dropped: bool,
     /// Added to the squared norm of the kept part.
     pub eps: f32,
+    /// Factor on the stored values where they are e4m3; 1 where they are not.
+    pub values_scale: f32,
 }
 
 impl SparsifyProblem {
@@ -87,7 +109,15 @@ impl SparsifyProblem {
         if self.ldx < self.k || self.ldx % VECTOR_ELEMENTS != 0 {
             return Err(Error::invalid(SPARSIFY, "ldx", self.ldx, format!("a multiple of {VECTOR_ELEMENTS}, at least k = {}", self.k)));
         }
-        valid_eps(SPARSIFY, self.eps)
+        valid_eps(SPARSIFY, self.eps)?;
+        let scale = self.values_scale;
+        if !(scale > 0.0 && scale.is_finite()) {
+            return Err(Error::invalid(SPARSIFY, "values_scale", scale, "a positive finite number"));
+        }
+        if scale != 1.0 && !self.dtype.has_e4m3_operands() {
+            return Err(Error::invalid(SPARSIFY, "values_scale", scale, "1: only e4m3 values are scaled"));
+        }
+        Ok(())
     }
 
     /// Whether there is nothing to do.
@@ -107,7 +137,7 @@ pub struct SparsifyTensors {
     pub shift: u64,
     /// `(k, rank)` in dtype, absent without a branch
     pub comp_down: u64,
-    /// `(m, k/2)` in dtype, written
+    /// `(m, k/2)` in the operands' type, written
     pub values: u64,
     /// metadata words, written
     pub metadata: u64,
@@ -136,7 +166,7 @@ impl SparsifyTensors {
 /// Multiply a compressed activation with a dense weight, scale rows, add the branch and the bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SparseLinearProblem {
-    /// Element type of activation, weight, bias and output.
+    /// Element types of the operands and of branch, bias and output.
     pub dtype: Dtype,
     /// Rows (tokens).
     pub m: i64,
@@ -166,12 +196,14 @@ impl SparseLinearProblem {
 /// Device addresses of one [`SparseLinearProblem`]; 0 for an absent tensor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SparseLinearTensors {
-    /// `(m, k/2)` in dtype
+    /// `(m, k/2)` in the operands' type
     pub values: u64,
     /// metadata words
     pub metadata: u64,
-    /// `(n, k)` in dtype
+    /// `(n, k)` in the operands' type
     pub weight: u64,
+    /// `(n,)` f32 with operands of e4m3, else absent
+    pub weight_scale: u64,
     /// `(m,)` f32 or absent
     pub row_scale: u64,
     /// `(m, rank)` in dtype, absent without a branch
@@ -191,6 +223,9 @@ impl SparseLinearTensors {
         pointer(SPARSE_LINEAR, "values", self.values, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSE_LINEAR, "metadata", self.metadata, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSE_LINEAR, "weight", self.weight, Presence::Required, VECTOR_BYTES)?;
+        let weight_scale =
+            if problem.dtype.has_e4m3_operands() { Presence::Required } else { Presence::Forbidden("the weight is not e4m3") };
+        pointer(SPARSE_LINEAR, "weight_scale", self.weight_scale, weight_scale, VECTOR_BYTES)?;
         pointer(SPARSE_LINEAR, "row_scale", self.row_scale, Presence::Optional, size_of::<f32>() as u64)?;
         pointer(SPARSE_LINEAR, "branch", self.branch, branch, VECTOR_BYTES)?;
         pointer(SPARSE_LINEAR, "comp_up", self.comp_up, branch, VECTOR_BYTES)?;
@@ -258,12 +293,22 @@ mod tests {
         norm_compensation: true,
         branch_of_dropped: true,
         eps: 1e-8,
+        values_scale: 1.0,
     };
     const SPARSIFY_TENSORS: SparsifyTensors =
         SparsifyTensors { x: 256, score: 0, shift: 0, comp_down: 256, values: 256, metadata: 256, row_scale: 4, branch: 256 };
     const LINEAR_OK: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::F16, m: 5, n: 8, k: 64, rank: 0 };
-    const LINEAR_TENSORS: SparseLinearTensors =
-        SparseLinearTensors { values: 16, metadata: 16, weight: 16, row_scale: 4, branch: 0, comp_up: 0, bias: 16, out: 16 };
+    const LINEAR_TENSORS: SparseLinearTensors = SparseLinearTensors {
+        values: 16,
+        metadata: 16,
+        weight: 16,
+        weight_scale: 0,
+        row_scale: 4,
+        branch: 0,
+        comp_up: 0,
+        bias: 16,
+        out: 16,
+    };
 
     /// The argument a refusal names.
     fn refused<T: fmt::Debug>(result: Result<T>) -> &'static str {
@@ -306,6 +351,12 @@ mod tests {
         for eps in [-1.0, f32::NAN, f32::INFINITY] {
             assert_eq!(refused(SparsifyProblem { eps, ..SPARSIFY_OK }.validate()), "eps", "{eps}");
         }
+        let e4m3 = SparsifyProblem { dtype: Dtype::Bf16E4m3, ..SPARSIFY_OK };
+        SparsifyProblem { values_scale: 0.5, ..e4m3 }.validate().unwrap();
+        for values_scale in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+            assert_eq!(refused(SparsifyProblem { values_scale, ..e4m3 }.validate()), "values_scale", "{values_scale}");
+        }
+        assert_eq!(refused(SparsifyProblem { values_scale: 0.5, ..SPARSIFY_OK }.validate()), "values_scale");
     }
 
     #[test]
@@ -323,12 +374,18 @@ mod tests {
         assert_eq!(tensors(|_| {}, SparsifyProblem { norm_compensation: false, ..SPARSIFY_OK }), "row_scale");
         assert_eq!(refused(SparseLinearTensors { bias: 2, ..LINEAR_TENSORS }.validate(&LINEAR_OK)), "bias");
         assert_eq!(refused(LINEAR_TENSORS.validate(&SparseLinearProblem { rank: 16, ..LINEAR_OK })), "branch");
+        let scaled = SparseLinearTensors { weight_scale: 16, ..LINEAR_TENSORS };
+        scaled.validate(&SparseLinearProblem { dtype: Dtype::F16E4m3, ..LINEAR_OK }).unwrap();
+        assert_eq!(refused(scaled.validate(&LINEAR_OK)), "weight_scale");
+        assert_eq!(refused(LINEAR_TENSORS.validate(&SparseLinearProblem { dtype: Dtype::F16E4m3, ..LINEAR_OK })), "weight_scale");
     }
 
     #[test]
     fn dtypes_are_torch_names() {
         assert_eq!(Dtype::parse(SPARSIFY, "bfloat16"), Ok(Dtype::Bf16));
         assert_eq!(Dtype::parse(SPARSIFY, "float16"), Ok(Dtype::F16));
+        assert_eq!(Dtype::parse(SPARSIFY, "bfloat16_e4m3"), Ok(Dtype::Bf16E4m3));
+        assert_eq!(Dtype::parse(SPARSIFY, "float16_e4m3"), Ok(Dtype::F16E4m3));
         assert_eq!(refused(Dtype::parse(SPARSIFY, "float32")), "dtype");
     }
 }

@@ -18,13 +18,44 @@ use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors, SparsifyPr
 
 /// Columns of the branch in one pipeline stage.
 const RANK_STEP: i64 = 32;
-/// Both element types have two bytes.
-const ELEMENT_BYTES: u64 = 2;
 /// Dimensions that the copy engine knows.
 const MAX_DIMENSIONS: usize = 5;
 
 /// A map that is not read.
 pub const UNUSED: CUtensorMap = CUtensorMap { opaque: [0; 16] };
+
+/// What a tensor consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// bfloat16
+    Bf16,
+    /// IEEE half precision
+    F16,
+    /// Any type of one byte.
+    Byte,
+}
+
+impl Element {
+    /// Of what surrounds the sparse product.
+    const fn of(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::Bf16 | Dtype::Bf16E4m3 => Self::Bf16,
+            Dtype::F16 | Dtype::F16E4m3 => Self::F16,
+        }
+    }
+
+    /// Of the sparse product's operands.
+    const fn of_operands(dtype: Dtype) -> Self {
+        if dtype.has_e4m3_operands() { Self::Byte } else { Self::of(dtype) }
+    }
+
+    const fn bytes(self) -> i64 {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::Byte => 1,
+        }
+    }
+}
 
 /// How the rows of a box are spread over the banks of shared memory; the name is the length of such a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,12 +69,12 @@ pub enum Swizzle {
 }
 
 impl Swizzle {
-    /// The one for rows of so many elements.
-    const fn of_row(elements: i64) -> Self {
-        match elements {
-            16 => Self::Bytes32,
-            32 => Self::Bytes64,
-            64 => Self::Bytes128,
+    /// The one for rows of so many bytes.
+    const fn of_row(bytes: i64) -> Self {
+        match bytes {
+            32 => Self::Bytes32,
+            64 => Self::Bytes64,
+            128 => Self::Bytes128,
             _ => panic!("no swizzle has rows of this length"),
         }
     }
@@ -54,7 +85,7 @@ impl Swizzle {
 pub struct Dimension {
     /// Elements.
     pub size: i64,
-    /// Elements from one to the next in memory; of the first dimension 1, of the others a multiple of 8.
+    /// Elements from one to the next in memory; of the first dimension 1, of the others a multiple of 16 bytes.
     pub stride: i64,
     /// Elements in a box, at most 256.
     pub box_size: i64,
@@ -70,8 +101,8 @@ impl Dimension {
 /// box may reach shared memory in another order than it has in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorMap {
-    /// Element type.
-    pub dtype: Dtype,
+    /// What it consists of.
+    pub element: Element,
     /// Of the first element, aligned to 16 bytes.
     pub address: Address,
     /// The first is the innermost one: a row of the box, as long as `swizzle` says. Unused dimensions at the end are `None`.
@@ -82,8 +113,9 @@ pub struct TensorMap {
 
 impl TensorMap {
     /// Rows of `columns` elements, `stride` elements apart.
-    fn matrix(dtype: Dtype, address: Address, columns: Dimension, rows: Dimension) -> Self {
-        Self { dtype, address, dimensions: [Some(columns), Some(rows), None, None, None], swizzle: Swizzle::of_row(columns.box_size) }
+    fn matrix(element: Element, address: Address, columns: Dimension, rows: Dimension) -> Self {
+        let swizzle = Swizzle::of_row(columns.box_size * element.bytes());
+        Self { element, address, dimensions: [Some(columns), Some(rows), None, None, None], swizzle }
     }
 
     fn used(&self) -> impl Iterator<Item = Dimension> {
@@ -97,9 +129,10 @@ impl TensorMap {
 
     /// The 128 bytes that the copy engine reads. Needs a driver with CUDA 12 or newer, but no context.
     pub fn encode(&self) -> Result<CUtensorMap> {
-        let dtype = match self.dtype {
-            Dtype::Bf16 => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            Dtype::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        let dtype = match self.element {
+            Element::Bf16 => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Element::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Element::Byte => DataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
         };
         let swizzle = match self.swizzle {
             Swizzle::Bytes32 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
@@ -109,7 +142,7 @@ impl TensorMap {
         let address = ptr::without_provenance_mut::<c_void>(self.address as usize);
         let all = |of: fn(Dimension) -> u64| self.dimensions.map(|dimension| dimension.map_or(0, of));
         let sizes = all(|dimension| dimension.size as u64);
-        let [_, strides @ ..] = all(|dimension| dimension.stride as u64 * ELEMENT_BYTES);
+        let [_, strides @ ..] = all(|dimension| dimension.stride as u64).map(|stride| stride * self.element.bytes() as u64);
         let boxes = all(|dimension| dimension.box_size as u64).map(|elements| elements as u32);
         let mut map = UNUSED;
         // SAFETY: the map and the arrays are valid and as long as the most dimensions there are need: sizes, boxes and element strides of all, the
@@ -147,7 +180,8 @@ impl SparsifyMaps {
     /// Problem and tensors must be valid.
     pub fn new(kernel: &SparsifyKernel, problem: &SparsifyProblem, tensors: &SparsifyTensors) -> Self {
         const UNIT: i64 = SparsifyKernel::UNIT_COLS;
-        let SparsifyProblem { dtype, m, k, ldx, rank, .. } = *problem;
+        let element = Element::of(problem.dtype);
+        let SparsifyProblem { m, k, ldx, rank, .. } = *problem;
         // The 64 channels of a unit arrive in the order in which the lanes hold them (the kernel's header draws it): for each of the 4 groups of a
         // lane and each pair of channels in it, of the 4 lanes that pair.
         let channels = [
@@ -158,12 +192,12 @@ impl SparsifyMaps {
             Dimension::new(k / UNIT, UNIT * rank, 1),
         ];
         Self {
-            x: TensorMap::matrix(dtype, tensors.x, Dimension::new(k, 1, UNIT), Dimension::new(m, ldx, kernel.rows())),
+            x: TensorMap::matrix(element, tensors.x, Dimension::new(k, 1, UNIT), Dimension::new(m, ldx, kernel.rows())),
             comp_down: (rank > 0).then(|| TensorMap {
-                dtype,
+                element,
                 address: tensors.comp_down,
                 dimensions: channels.map(Some),
-                swizzle: Swizzle::of_row(kernel.capacity),
+                swizzle: Swizzle::of_row(kernel.capacity * element.bytes()),
             }),
         }
     }
@@ -186,14 +220,15 @@ impl SpmmMaps {
     /// Problem and tensors must be valid.
     pub fn new(tile: &Tile, problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> Self {
         let SparseLinearProblem { dtype, m, n, k, rank } = *problem;
-        let map = |address, rows: i64, columns: i64, box_rows: i64, box_columns: i64| {
-            TensorMap::matrix(dtype, address, Dimension::new(columns, 1, box_columns), Dimension::new(rows, columns, box_rows))
+        let (operand, element, bk) = (Element::of_operands(dtype), Element::of(dtype), Tile::bk(dtype));
+        let map = |element, address, rows: i64, columns: i64, box_rows: i64, box_columns: i64| {
+            TensorMap::matrix(element, address, Dimension::new(columns, 1, box_columns), Dimension::new(rows, columns, box_rows))
         };
         Self {
-            values: map(tensors.values, m, k / 2, tile.bm, Tile::BK / 2),
-            weight: map(tensors.weight, n, k, tile.bn, Tile::BK),
-            branch: (rank > 0).then(|| map(tensors.branch, m, rank, tile.bm, RANK_STEP)),
-            comp_up: (rank > 0).then(|| map(tensors.comp_up, n, rank, tile.bn, RANK_STEP)),
+            values: map(operand, tensors.values, m, k / 2, tile.bm, bk / 2),
+            weight: map(operand, tensors.weight, n, k, tile.bn, bk),
+            branch: (rank > 0).then(|| map(element, tensors.branch, m, rank, tile.bm, RANK_STEP)),
+            comp_up: (rank > 0).then(|| map(element, tensors.comp_up, n, rank, tile.bn, RANK_STEP)),
         }
     }
 
@@ -209,8 +244,17 @@ mod tests {
     use crate::config::{Family, TILES};
 
     const PROBLEM: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::Bf16, m: 1000, n: 3080, k: 2432, rank: 48 };
-    const TENSORS: SparseLinearTensors =
-        SparseLinearTensors { values: 16, metadata: 32, weight: 48, row_scale: 64, branch: 80, comp_up: 96, bias: 112, out: 128 };
+    const TENSORS: SparseLinearTensors = SparseLinearTensors {
+        values: 16,
+        metadata: 32,
+        weight: 48,
+        weight_scale: 0,
+        row_scale: 64,
+        branch: 80,
+        comp_up: 96,
+        bias: 112,
+        out: 128,
+    };
 
     fn tiles() -> impl Iterator<Item = Tile> {
         TILES.into_iter().filter(|tile| tile.family == Family::Sm90)
@@ -227,6 +271,7 @@ mod tests {
             norm_compensation: true,
             branch_of_dropped: true,
             eps: 0.0,
+            values_scale: 1.0,
         };
         SparsifyMaps::new(&kernel, &problem, &SparsifyTensors { x: 16, comp_down: 32, ..SparsifyTensors::default() })
     }
@@ -234,11 +279,21 @@ mod tests {
     #[test]
     fn maps_are_the_operands_in_boxes_of_a_stage() {
         let maps = SpmmMaps::new(&tiles().next().unwrap(), &PROBLEM, &TENSORS);
-        let map = |address, columns, rows| TensorMap::matrix(Dtype::Bf16, address, columns, rows);
+        let map = |address, columns, rows| TensorMap::matrix(Element::Bf16, address, columns, rows);
         assert_eq!(maps.values, map(16, Dimension::new(1216, 1, 32), Dimension::new(1000, 1216, 256)));
         assert_eq!(maps.weight, map(48, Dimension::new(2432, 1, 64), Dimension::new(3080, 2432, 192)));
         assert_eq!(maps.branch, Some(map(80, Dimension::new(48, 1, 32), Dimension::new(1000, 48, 256))));
         assert_eq!(maps.comp_up, Some(map(96, Dimension::new(48, 1, 32), Dimension::new(3080, 48, 192))));
+        assert_eq!(maps.all().map(|map| map.unwrap().swizzle), [Swizzle::Bytes64, Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes64]);
+    }
+
+    #[test]
+    fn only_the_operands_are_bytes_with_e4m3() {
+        let maps = SpmmMaps::new(&tiles().next().unwrap(), &SparseLinearProblem { dtype: Dtype::F16E4m3, ..PROBLEM }, &TENSORS);
+        let map = |address, columns, rows| TensorMap::matrix(Element::Byte, address, columns, rows);
+        assert_eq!(maps.values, map(16, Dimension::new(1216, 1, 64), Dimension::new(1000, 1216, 256)));
+        assert_eq!(maps.weight, map(48, Dimension::new(2432, 1, 128), Dimension::new(3080, 2432, 192)));
+        assert_eq!(maps.all().map(|map| map.unwrap().element), [Element::Byte, Element::Byte, Element::F16, Element::F16]);
         assert_eq!(maps.all().map(|map| map.unwrap().swizzle), [Swizzle::Bytes64, Swizzle::Bytes128, Swizzle::Bytes64, Swizzle::Bytes64]);
     }
 
@@ -253,7 +308,7 @@ mod tests {
 
     #[test]
     fn rows_of_x_may_have_gaps() {
-        let expected = TensorMap::matrix(Dtype::F16, 16, Dimension::new(320, 1, 64), Dimension::new(1000, 328, 64));
+        let expected = TensorMap::matrix(Element::F16, 16, Dimension::new(320, 1, 64), Dimension::new(1000, 328, 64));
         assert_eq!(sparsify_maps(0, 0).x, expected);
     }
 
@@ -275,9 +330,10 @@ mod tests {
     #[test]
     fn boxes_are_what_the_kernels_hold_and_the_driver_accepts() {
         let mut maps: Vec<TensorMap> = Vec::new();
-        for tile in tiles() {
-            let spmm = SpmmMaps::new(&tile, &PROBLEM, &TENSORS);
-            assert_eq!((spmm.values.box_elements() + spmm.weight.box_elements()) * 2, tile.stage_bytes());
+        for (tile, dtype) in tiles().flat_map(|tile| Dtype::ALL.map(|dtype| (tile, dtype))) {
+            let spmm = SpmmMaps::new(&tile, &SparseLinearProblem { dtype, ..PROBLEM }, &TENSORS);
+            let elements = spmm.values.box_elements() + spmm.weight.box_elements();
+            assert_eq!(elements * dtype.operand_bytes(), tile.stage_bytes());
             maps.extend(spmm.all().into_iter().flatten());
         }
         for (rank, capacity) in [(16, 16), (32, 32), (48, 64), (128, 64)] {
@@ -292,8 +348,9 @@ mod tests {
                 Swizzle::Bytes64 => 64,
                 Swizzle::Bytes128 => 128,
             };
-            assert_eq!((row.unwrap().stride, row.unwrap().box_size * 2), (1, row_bytes), "{map:?}");
-            assert!(outer.into_iter().flatten().all(|dimension| dimension.stride % 8 == 0 && dimension.box_size <= 256), "{map:?}");
+            let bytes = map.element.bytes();
+            assert_eq!((row.unwrap().stride, row.unwrap().box_size * bytes), (1, row_bytes), "{map:?}");
+            assert!(outer.into_iter().flatten().all(|d| d.stride * bytes % 16 == 0 && d.box_size <= 256), "{map:?}");
         }
     }
 }

@@ -27,9 +27,10 @@ pub(crate) fn sparsify(
     branch: u64,
     branch_of_dropped: bool,
     eps: f32,
+    values_scale: f32,
 ) -> PyResult<()> {
     let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python)?;
-    let problem = SparsifyProblem { dtype, m, k, ldx, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps };
+    let problem = SparsifyProblem { dtype, m, k, ldx, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps, values_scale };
     let tensors = SparsifyTensors { x, score, shift, comp_down, values, metadata, row_scale, branch };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
     unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
@@ -49,6 +50,7 @@ pub(crate) fn sparse_linear(
     values: u64,
     metadata: u64,
     weight: u64,
+    weight_scale: u64,
     row_scale: u64,
     branch: u64,
     comp_up: u64,
@@ -57,7 +59,7 @@ pub(crate) fn sparse_linear(
 ) -> PyResult<()> {
     let dtype = Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?;
     let problem = SparseLinearProblem { dtype, m, n, k, rank };
-    let tensors = SparseLinearTensors { values, metadata, weight, row_scale, branch, comp_up, bias, out };
+    let tensors = SparseLinearTensors { values, metadata, weight, weight_scale, row_scale, branch, comp_up, bias, out };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
     unsafe { launch::sparse_linear(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
 }

@@ -75,6 +75,18 @@ __device__ __forceinline__ float sum_over_quad(float value) {
   return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
+// The metadata word that the instruction for these operands wants of a lane, from the lane's own: for 8-bit ones those of two neighbours trade
+// halves, so that the even lane describes 32 columns of row g and the odd one those of row g + 8. The whole warp must call it.
+template <class Operand>
+__device__ __forceinline__ uint32_t stored_word(uint32_t word) {
+  if constexpr (kBytesOf<Operand> == 1) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, word, 1);
+    return threadIdx.x % 2 ? __byte_perm(other, word, 0x7632) : __byte_perm(word, other, 0x5410);
+  } else {
+    return word;
+  }
+}
+
 // What selection makes of a lane's tile.
 template <class T>
 struct SelectedTile {
@@ -121,13 +133,24 @@ struct SelectedTile {
     }
   }
 
-  template <class Params>
+  template <class Operand, class Params>
   __device__ __forceinline__ void store_values(const Params& p, int row, int col) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half < p.m) {
-        auto* target = static_cast<uint16_t*>(p.values) + static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
-        *reinterpret_cast<uint4*>(target) = make_uint4(compressed[half][0], compressed[half][1], compressed[half][2], compressed[half][3]);
+      if (row + 8 * half >= p.m) continue;
+      const int64_t index = static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
+      const uint32_t (&pairs)[kLaneGroups] = compressed[half];
+      if constexpr (kBytesOf<Operand> == 2) {
+        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.values) + index) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      } else {
+        uint32_t halves[kLaneGroups];
+#pragma unroll
+        for (int c = 0; c < kLaneGroups; ++c) {
+          const float2 x = T::unpack(pairs[c]);
+          halves[c] = Operand::pack(x.x * p.values_scale, x.y * p.values_scale);
+        }
+        *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.values) + index) =
+            make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
       }
     }
   }

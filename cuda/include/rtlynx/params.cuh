@@ -38,6 +38,7 @@ struct SparsifySm90Params {
   int32_t rank;               // a multiple of 16, at most 128
   int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down, 0: branch = x comp_down
   float eps;                  // of the row scale
+  float values_scale;         // of the stored values, where they are e4m3
 };
 
 struct SpmmParams {
@@ -56,18 +57,19 @@ struct SpmmParams {
 };
 
 struct SpmmSm90Params {
-  CUtensorMap values;        // [m, k / 2], boxes of 256 x 32, 64-byte swizzle
-  CUtensorMap weight;        // [n, k], boxes of the tile's columns x 64, 128-byte swizzle
-  CUtensorMap branch;        // [m, rank], boxes of 256 x 32, 64-byte swizzle; not read when rank == 0
-  CUtensorMap comp_up;       // [n, rank], boxes of the tile's columns x 32, 64-byte swizzle; not read when rank == 0
-  const uint32_t* metadata;  // [ceil(k / 256), 4 ceil(m / 64), 32, 4]
-  const float* row_scale;    // [m], or null
-  const void* bias;          // [n], or null
-  void* out;                 // [m, n] out
-  int32_t m;                 // tokens
-  int32_t n;                 // output channels, a multiple of 8
-  int32_t k;                 // input channels, a multiple of 64
-  int32_t rank;              // a multiple of 16, at most 128
+  CUtensorMap values;         // [m, k / 2], boxes of 256 x 32, 64-byte swizzle
+  CUtensorMap weight;         // [n, k], boxes of the tile's columns x 64, 128-byte swizzle
+  CUtensorMap branch;         // [m, rank], boxes of 256 x 32, 64-byte swizzle; not read when rank == 0
+  CUtensorMap comp_up;        // [n, rank], boxes of the tile's columns x 32, 64-byte swizzle; not read when rank == 0
+  const uint32_t* metadata;   // [ceil(k / 256), 4 ceil(m / 64), 32, 4]
+  const float* row_scale;     // [m], or null
+  const float* weight_scale;  // [n] where operands are e4m3, else null
+  const void* bias;           // [n], or null
+  void* out;                  // [m, n] out
+  int32_t m;                  // tokens
+  int32_t n;                  // output channels, a multiple of 8
+  int32_t k;                  // input channels, a multiple of 64
+  int32_t rank;               // a multiple of 16, at most 128
 };
 
 struct ProbeParams {

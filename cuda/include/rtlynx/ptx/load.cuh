@@ -17,4 +17,11 @@ __device__ __forceinline__ uint32_t load_or_zero(const void* global, bool valid)
   return value;
 }
 
+// One or two neighbouring words of memory that nobody writes meanwhile; two must be aligned to 8 bytes.
+__device__ __forceinline__ void load_words(const uint32_t* global, uint32_t (&words)[1]) { words[0] = __ldg(global); }
+__device__ __forceinline__ void load_words(const uint32_t* global, uint32_t (&words)[2]) {
+  const uint2 pair = __ldg(reinterpret_cast<const uint2*>(global));
+  words[0] = pair.x, words[1] = pair.y;
+}
+
 }  // namespace rtlynx::ptx

@@ -73,4 +73,22 @@ RTLYNX_WGMMA_SS_WIDTHS(F16, "f16")
 #undef RTLYNX_WGMMA_SS_WIDTHS
 #undef RTLYNX_WGMMA_SS
 
+// One function for each N = 2 · count, as above. Undefined below.
+#define RTLYNX_WGMMA_SP_E4M3(n, count, x0, x1, x2, x3)                                                                            \
+  __device__ __forceinline__ void wgmma_sp_k64(E4m3, float (&d)[count], uint64_t a, uint64_t b, uint32_t metadata, bool add) {    \
+    asm volatile("{.reg .pred add; setp.ne.b32 add, " x3                                                                          \
+                 ", 0;\n"                                                                                                         \
+                 "wgmma.mma_async.sp.sync.aligned.m64n" n "k64.f32.e4m3.e4m3 {" RTLYNX_REGISTERS_##count "}, " x0 ", " x1 ", " x2 \
+                                                                                                         ", 0, add, 1, 1;}"       \
+                 : RTLYNX_ACCUMULATE_##count(d, 0)                                                                                \
+                 : "l"(a), "l"(b), "r"(metadata), "r"(static_cast<int>(add)));                                                    \
+  }
+
+// d (64 x N) = or += A (64 x 64, 2:4 compressed, shared memory) · B^T (N x 64, shared memory), in e4m3. The metadata of all lanes is taken, so
+// there is no selector; the tensor cores sum with fewer bits than float32 has.
+RTLYNX_WGMMA_SP_E4M3("144", 72, "%72", "%73", "%74", "%75")
+RTLYNX_WGMMA_SP_E4M3("168", 84, "%84", "%85", "%86", "%87")
+RTLYNX_WGMMA_SP_E4M3("192", 96, "%96", "%97", "%98", "%99")
+#undef RTLYNX_WGMMA_SP_E4M3
+
 }  // namespace rtlynx::ptx
