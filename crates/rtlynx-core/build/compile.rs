@@ -90,7 +90,7 @@ fn compile(nvcc: &Nvcc, source: &Path, include: &Path, out: &Path, strict: bool)
     }
     if strict {
         refuse_spills(&log)
-            .map_err(|usage| format!("{}: spills registers or uses the stack, refused by RTLYNX_STRICT=1:\n{usage}", source.display()))?;
+            .map_err(|usage| format!("{}: spills registers, uses the stack or serialises wgmma, refused by RTLYNX_STRICT=1:\n{usage}", source.display()))?;
     }
     let targets = targets.iter().map(|(name, _)| *name).collect();
     Ok(Fatbin { stem, path, targets, kernels: entry_functions(&log) })
@@ -101,7 +101,8 @@ fn entry_functions(log: &str) -> BTreeSet<String> {
     log.lines().filter_map(|line| Some(line.split_once("Compiling entry function '")?.1.split_once('\'')?.0.to_owned())).collect()
 }
 
-/// Looks for a non-zero figure in ptxas's "N bytes stack frame, N bytes spill stores, N bytes spill loads" lines.
+/// Looks for a non-zero figure in ptxas's "N bytes stack frame, N bytes spill stores, N bytes spill loads" lines, and for what ptxas calls a
+/// potential performance loss: that it makes every wgmma of a kernel wait for the one before.
 fn refuse_spills(log: &str) -> Result<(), String> {
     let mut function = "";
     let mut found = Vec::new();
@@ -110,6 +111,8 @@ fn refuse_spills(log: &str) -> Result<(), String> {
             function = name.trim();
         } else if line.contains("bytes stack frame") && line.split(',').any(|part| !part.trim().starts_with("0 bytes")) {
             found.push(format!("  {function}: {}", line.trim()));
+        } else if line.contains("Potential Performance Loss") {
+            found.push(format!("  {}", line.trim()));
         }
     }
     if found.is_empty() { Ok(()) } else { Err(found.join("\n")) }
