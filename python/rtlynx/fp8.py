@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from rtlynx.errors import InvalidArgumentError
 from rtlynx.reference import E4M3, E4M3_MAX, e4m3
 
 CAPABILITY = (9, 0)
@@ -51,6 +52,16 @@ def quantize_weight(weight: Tensor, values_scale: float = 1.0) -> tuple[Tensor, 
     scale = torch.linalg.vector_norm(weight, math.inf, dim=1, dtype=torch.float32) / E4M3_MAX
     scale = torch.where(scale > 0, scale, 1.0)
     return e4m3(weight / scale[:, None]), scale / values_scale
+
+
+def check_values_scale(op: str, scale: float) -> None:
+    """Refuse a scale that would round values twice.
+
+    Raises:
+        InvalidArgumentError: ``scale`` is not a power of two.
+    """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf or math.frexp(scale)[0] != 0.5:
+        raise InvalidArgumentError(op, "values_scale", repr(scale), "a power of two")
 
 
 def missing_kernels(device: torch.device) -> str | None:

@@ -30,8 +30,8 @@ def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that the CPU is a device on which sparse pays from `LEAST` tokens on."""
 
     @torch.compiler.assume_constant_result
-    def pretended(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype) -> int:
-        assert (device.type, n, k, rank, dtype) == ("cpu", N, K, 16, torch.float32)
+    def pretended(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None) -> int:
+        assert (device.type, n, k, rank, dtype, values_dtype) == ("cpu", N, K, 16, torch.float32, None)
         return LEAST
 
     monkeypatch.setattr(linear, "least_tokens", pretended)
