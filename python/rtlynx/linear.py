@@ -131,6 +131,7 @@ class SparseLinear(nn.Linear):
         check_values_scale("SparseLinear", scale)
         self._values_scale = float(scale)
         self.update_weight_fp8()
+        self._tie()
 
     @property
     def rank(self) -> int:
@@ -357,8 +358,16 @@ class SparseLinear(nn.Linear):
             self._tie()  # a buffer that moved is another object
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if self.weight_fp8 is not None:  # torch pickles no float8: its bytes
+            state["_buffers"] = {**state["_buffers"], "weight_fp8": self.weight_fp8.view(torch.uint8)}
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.weight_fp8 is not None:
+            self._hold("weight_fp8", self.weight_fp8.view(E4M3))
         if self.input_group is not None:
             self.input_group.join(self)
 
