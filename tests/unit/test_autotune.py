@@ -128,6 +128,13 @@ def test_a_model_gives_its_different_products(machine: Machine) -> None:
     assert [one.problem for one in found] == [Problem(m, *sizes) for sizes in ((256, 128, 0), (128, 256, 16)) for m in (1000, 4096)]
 
 
+def test_precision_is_part_of_a_product(machine: Machine) -> None:
+    (one,) = rtlynx.autotune([ATTENTION], precision="fp8")
+    assert one.problem == Problem(*ATTENTION, "bfloat16_e4m3")
+    model = rtlynx.apply(sparse_model(torch.float16), rtlynx.SparsityConfig(include=("*",), precision="fp8"))
+    assert {found.problem.dtype for found in rtlynx.autotune(model)} == {"float16_e4m3"}
+
+
 def test_layers_that_run_dense_are_left_out(machine: Machine) -> None:
     assert [one.problem.m for one in rtlynx.autotune(sparse_model(), tokens=(999, 1000))] == [1000] * 2
     with pytest.raises(InvalidArgumentError, match=r"`tokens`: got \(999,\), expected at least 1000"):

@@ -94,7 +94,9 @@ def test_on_a_gpu_the_core_says_how_many(monkeypatch: pytest.MonkeyPatch) -> Non
     _least_tokens.cache_clear()
     for _ in range(2):
         assert least_tokens(torch.device("cuda:0"), 3072, 12288, 64, torch.bfloat16) == 700
-    assert calls == [{"capability": (9, 0), "sms": 132, "n": 3072, "k": 12288, "rank": 64, "dtype": "bfloat16"}]
+        assert least_tokens(torch.device("cuda:0"), 3072, 12288, 64, torch.bfloat16, torch.float8_e4m3fn) == 700
+    sizes = {"capability": (9, 0), "sms": 132, "n": 3072, "k": 12288, "rank": 64}
+    assert calls == [sizes | {"dtype": "bfloat16"}, sizes | {"dtype": "bfloat16_e4m3"}]
     _least_tokens.cache_clear()
 
 
