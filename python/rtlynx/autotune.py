@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import ModuleType
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -90,6 +91,8 @@ def autotune(
     core = ops._core()
     if isinstance(model_or_problems, Sequence):
         place = _gpu(device, None)
+        if precision not in get_args(Precision):
+            raise InvalidArgumentError(_OP, "precision", repr(precision), "'model' or 'fp8'")
         problems = _listed(model_or_problems, kernel_dtype(dtype, E4M3 if precision == "fp8" else None))
     else:
         layers = all_sparse_layers(target_modules(model_or_problems, _OP)).values()

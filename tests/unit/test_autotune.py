@@ -153,6 +153,7 @@ def test_refusals_come_before_any_measurement(machine: Machine) -> None:
         ({"model_or_problems": [ATTENTION, (64, 64, 65, 0)]}, "`k`: got 65"),
         ({"model_or_problems": [ATTENTION], "dtype": torch.float32}, "`dtype`: got float32"),
         ({"model_or_problems": sparse_model(torch.float32)}, "`dtype`: got float32"),
+        ({"model_or_problems": [ATTENTION], "precision": "fp4"}, "`precision`: got 'fp4'"),
         ({"model_or_problems": [ATTENTION], "device": "cpu"}, "`device`: got cpu"),
         ({"model_or_problems": [ATTENTION], "device": 2}, "`device`: got cuda:2, expected one of 2 GPUs"),
     ):
