@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import ModuleType
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +15,13 @@ from tqdm import tqdm
 
 from rtlynx import ops, plans
 from rtlynx.bench.timing import time_interleaved
+from rtlynx.config import Precision
 from rtlynx.eligibility import all_sparse_layers, target_modules
 from rtlynx.errors import DeviceError, InvalidArgumentError
+from rtlynx.fp8 import element_types, kernel_dtype, quantize_weight
 from rtlynx.linear import SparseLinear
 from rtlynx.plans import Machine, Problem
+from rtlynx.reference import E4M3
 
 _OP = "autotune"
 _WORTH_IT = 0.99
@@ -53,6 +57,7 @@ def autotune(
     *,
     device: torch.device | str | int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = "model",
     again: bool = False,
     repeats: int = 30,
 ) -> tuple[Tuned, ...]:
@@ -69,6 +74,7 @@ def autotune(
             so few tokens is left out.
         device: The GPU to measure on; default: the one the model is on, else the current one. All GPUs of its kind get the result.
         dtype: Of a list of problems; a model's layers have their own.
+        precision: The same.
         again: Measure anew what was measured before.
         repeats: Timed calls of every kernel.
 
@@ -85,7 +91,9 @@ def autotune(
     core = ops._core()
     if isinstance(model_or_problems, Sequence):
         place = _gpu(device, None)
-        problems = _listed(model_or_problems, dtype)
+        if precision not in get_args(Precision):
+            raise InvalidArgumentError(_OP, "precision", repr(precision), "'model' or 'fp8'")
+        problems = _listed(model_or_problems, kernel_dtype(dtype, E4M3 if precision == "fp8" else None))
     else:
         layers = all_sparse_layers(target_modules(model_or_problems, _OP)).values()
         if not layers:
@@ -109,14 +117,14 @@ def _gpu(wanted: torch.device | str | int | None, of_model: torch.device | None)
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
-def _listed(problems: Sequence[object], dtype: torch.dtype) -> list[Problem]:
+def _listed(problems: Sequence[object], dtype: str) -> list[Problem]:
     """A caller's list, each problem once."""
     found = []
     for sizes in problems:
         if not (isinstance(sizes, Sequence) and len(sizes) == 4 and all(isinstance(size, int) for size in sizes) and sizes[0] > 0):
             raise InvalidArgumentError(_OP, "model_or_problems", repr(sizes), "(m, n, k, rank), four integers, m at least 1")
         m, n, k, rank = sizes
-        found.append(Problem(m, n, k, rank, _name(dtype)))
+        found.append(Problem(m, n, k, rank, dtype))
     return list(dict.fromkeys(found))
 
 
@@ -125,11 +133,7 @@ def _of_layer(layer: SparseLinear, tokens: Sequence[int], device: torch.device) 
     least = layer.least_tokens(device) if layer.small_m == "dense" else 1
     for m in tokens:
         if m >= max(least, 1):
-            yield Problem(m, layer.out_features, layer.in_features, layer.rank, _name(layer.weight.dtype))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+            yield Problem(m, layer.out_features, layer.in_features, layer.rank, kernel_dtype(layer.weight.dtype, layer.values_dtype))
 
 
 def _tune(core: ModuleType, index: int, problems: Sequence[Problem], again: bool, repeats: int) -> tuple[Tuned, ...]:
@@ -165,15 +169,21 @@ def _measure(core: ModuleType, index: int, problem: Problem, kernels: Sequence[s
     """Median milliseconds of every kernel, which take turns; afterwards the one from before runs again."""
     with torch.cuda.device(index):
         generator = torch.Generator("cuda").manual_seed(0)  # the caller's random numbers stay what they would have been
-        random = partial(torch.randn, device="cuda", dtype=getattr(torch, problem.dtype), generator=generator)
+        dtype, values_dtype = element_types(problem.dtype)
+        random = partial(torch.randn, device="cuda", dtype=dtype, generator=generator)
         m, n, k, rank = problem.m, problem.n, problem.k, problem.rank
         weight, bias = random(n, k) / k**0.5, random(n)
         down, up = (random(k, rank) / k**0.5, random(n, rank)) if rank else (None, None)
-        sparse = ops.sparsify(random(m, k), comp_down=down)
+        sparse = ops.sparsify(random(m, k), comp_down=down, values_dtype=values_dtype)
+        fp8: tuple[Tensor, torch.dtype] | tuple[()] = ()
+        if values_dtype is not None:
+            weight, scale = quantize_weight(weight)
+            fp8 = scale, dtype
 
         def run(kernel: str) -> Tensor:
             core.set_plan(index, **asdict(problem), kernel=kernel)
-            return ops.sparse_linear(sparse.values, sparse.metadata, weight, sparse.row_scale, sparse.branch if rank else None, up, bias)
+            branch = sparse.branch if rank else None
+            return ops.sparse_linear(sparse.values, sparse.metadata, weight, sparse.row_scale, branch, up, bias, *fp8)
 
         try:
             return time_interleaved({kernel: partial(run, kernel) for kernel in kernels}, repeats)

@@ -17,6 +17,8 @@ Selection = Literal["magnitude", "weight"]
 """What selection compares: ``|x_j|``, or ``|x_j|·‖W_:j‖``."""
 SmallM = Literal["dense", "sparse"]
 """What a layer computes on fewer tokens than the sparse product wins with."""
+Precision = Literal["model", "fp8"]
+"""Operands of the sparse product: of the model's dtype, or both e4m3."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class SparsityConfig:
         dense_last: The same at its end.
         small_m: ``"dense"``: a layer computes the exact dense product when it is called with fewer tokens than the sparse one is
             faster with on its GPU. ``"sparse"``: always sparse.
+        precision: ``"model"``: the sparse product multiplies in the model's dtype. ``"fp8"``: it multiplies e4m3 values by an e4m3 copy of
+            the weight, on GPUs of compute capability 9.0 (emulated on the CPU); branch, bias and output keep the model's dtype. Needs
+            half again the memory of the sparse layers' weights, and has no gradient. A compensation fitted under one serves the other.
         share_inputs: Whether layers that read one tensor (q, k and v) select from it once and hold what selection needs in common. Not with
             offloading that moves single layers ahead of time (``offload_type="leaf_level", use_stream=True``).
 
@@ -54,6 +59,7 @@ class SparsityConfig:
     dense_first: float = 0.0
     dense_last: float = 0.0
     small_m: SmallM = "dense"
+    precision: Precision = "model"
     share_inputs: bool = True
 
     def __post_init__(self) -> None:
@@ -67,12 +73,16 @@ class SparsityConfig:
         _one_of("branch", self.branch, get_args(Branch))
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("small_m", self.small_m, get_args(SmallM))
+        _one_of("precision", self.precision, get_args(Precision))
         for name in ("norm_compensation", "share_inputs"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError("SparsityConfig", name, repr(getattr(self, name)), "True or False")
 
     def same_arithmetic(self, other: SparsityConfig) -> bool:
-        """Whether a compensation fitted under ``other`` is also right under this one (which layers and ranks may differ)."""
+        """Whether a compensation fitted under ``other`` is also right under this one (which layers, ranks and precision may differ).
+
+        A compensation makes up for what selection drops, and in fp8 the same channels are selected and the branch is the same.
+        """
         fields = ("branch", "selection", "norm_compensation")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rtlynx.config import SparsityConfig
+from rtlynx.config import Precision, SparsityConfig
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.fp8 import missing_kernels
 from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import Recipe, find_recipe
@@ -120,12 +121,12 @@ def candidates(module: nn.Module, config: SparsityConfig) -> Iterator[Candidate]
         elif not chosen:
             reason = _why_not_included(name, recipe, config)
         else:
-            reason = unsupported(layer)
+            reason = unsupported(layer, config.precision)
         yield Candidate(name, layer, reason, wanted, first_match(name, recipe.per_sample) is not None)
 
 
-def unsupported(layer: nn.Linear) -> str | None:
-    """Why a layer cannot be sparse whatever the configuration says, or None if it can."""
+def unsupported(layer: nn.Linear, precision: Precision) -> str | None:
+    """Why a layer cannot be sparse in this precision whatever else the configuration says, or None if it can."""
     if type(layer) not in (nn.Linear, SparseLinear):
         return f"is a {type(layer).__qualname__}, and only a plain torch.nn.Linear can be replaced"
     weight = layer._parameters.get("weight")
@@ -144,7 +145,7 @@ def unsupported(layer: nn.Linear) -> str | None:
         return f"no implementation for {str(dtype).removeprefix('torch.')} on {device}"
     if not weight.is_contiguous():
         return "its weight is not contiguous"
-    return None
+    return missing_kernels(weight.device) if precision == "fp8" else None
 
 
 def _why_not_included(name: str, recipe: Recipe, config: SparsityConfig) -> str:

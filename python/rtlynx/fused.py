@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rtlynx import ops, reference
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.fp8 import kernel_dtype
 from rtlynx.reference import EPS, K_MULTIPLE, N_MULTIPLE, BranchInput
 
 __all__ = ["fused_linear"]
@@ -84,7 +85,7 @@ def _check(
 ) -> None:
     if x.dim() != 2:
         raise InvalidArgumentError(_OP, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
-    ops._check_dtype(_OP, "x", x)
+    ops._check_dtype(_OP, "x", x.dtype, x.device)
     k = x.shape[1]
     if k == 0 or k % K_MULTIPLE:
         raise InvalidArgumentError(_OP, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
@@ -167,7 +168,7 @@ def _cuda(
     ops._core().fused_linear(
         device_index=device_index,
         stream=ops._stream(device_index),
-        dtype=ops._KERNEL_DTYPES[x.dtype],
+        dtype=kernel_dtype(x.dtype),
         m=m,
         n=n,
         k=k,

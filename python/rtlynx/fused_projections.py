@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rtlynx.linear import SparseLinear
+from rtlynx.linear import SparseLinear, same_selection
 from rtlynx.reference import MAX_RANK
 
 logger = logging.getLogger("rtlynx")
@@ -62,7 +62,7 @@ def _then_sparse(fuse: Callable[..., Any]) -> Callable[..., Any]:
 def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.Linear:
     """``fused`` as a sparse layer that computes what ``layers`` do, or as it is, with a log record, where one branch cannot hold theirs."""
     first = layers[0]
-    if any(a is not b for layer in layers for a, b in zip(_but_branch(layer), _but_branch(first), strict=True)):
+    if not all(same_selection(_but_branch(layer), _but_branch(first)) for layer in layers):
         logger.warning("fuse: %s becomes dense: its parts select differently", name)
         return fused
     downs = list({id(layer.comp_down): layer.comp_down for layer in layers if layer.comp_down is not None}.values())
@@ -71,7 +71,7 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
         logger.warning("fuse: %s becomes dense: its parts read different branches, of rank %d together", name, rank)
         return fused
     sparse = SparseLinear.from_linear(fused)
-    for attribute in ("branch", "selection", "norm_compensation", "small_m"):
+    for attribute in ("branch", "selection", "norm_compensation", "small_m", "precision", "values_scale"):
         setattr(sparse, attribute, getattr(first, attribute))
     ups = [torch.cat([_up(layer, down) for down in downs], 1) for layer in layers] if downs else []
     sparse.set_compensation(
@@ -91,8 +91,8 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
 
 
 def _but_branch(layer: SparseLinear) -> tuple[object, ...]:
-    permutation, score, shift, _, branch_input, norm_compensation = layer.selection_inputs()
-    return permutation, score, shift, branch_input, norm_compensation
+    permutation, score, shift, _, *others = layer.selection_inputs()
+    return permutation, score, shift, *others
 
 
 def _up(layer: SparseLinear, down: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ import functools
 
 import torch
 
+from rtlynx.fp8 import kernel_dtype
+
 NEVER = 2**63 - 1
 """More tokens than there are: a layer that is never faster sparse."""
 
 
-def least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype) -> int:
+def least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None = None) -> int:
     """The smallest M with which the sparse layer is at least as fast as the dense one; 0 where it always is, or nothing is known, and
     `NEVER` where it never is.
 
@@ -20,19 +22,20 @@ def least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.d
         k: Input channels.
         rank: Rank of the branch; 0 without one.
         dtype: Of the weight.
+        values_dtype: Of the sparse product's operands; None: that of the weight.
 
     Raises:
         InvalidArgumentError: There is no kernel for such a layer.
         DeviceError: There is none for this GPU.
     """
-    return _least_tokens(device, n, k, rank, dtype)
+    return _least_tokens(device, n, k, rank, dtype, values_dtype)
 
 
 torch.compiler.assume_constant_result(least_tokens)  # marks it: a compiled layer holds the number and guards on nothing but M
 
 
 @functools.lru_cache(maxsize=4096)
-def _least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype) -> int:
+def _least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None) -> int:
     if device.type != "cuda":
         return 0
     try:
@@ -45,5 +48,5 @@ def _least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.
         n=n,
         k=k,
         rank=rank,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=kernel_dtype(dtype, values_dtype),
     )

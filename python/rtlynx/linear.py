@@ -10,17 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtlynx import ops
-from rtlynx.config import Branch, Selection, SmallM, SparsityConfig
+from rtlynx.config import Branch, Precision, Selection, SmallM, SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.fp8 import check_values_scale, quantize_weight
 from rtlynx.least_tokens import least_tokens
-from rtlynx.reference import MAX_RANK, RANK_MULTIPLE, BranchInput
+from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE
 
 if TYPE_CHECKING:
     from rtlynx.sharing import InputGroup
 
 _COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
 """The tensors calibration adds to a layer; absent from its state dict until then."""
+_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale")
+"""Floating-point buffers that a cast of the model leaves as they are."""
+_PREPARED = ("score", "weight_fp8", "weight_scale")
+"""Buffers that are made from the weight, and not saved."""
+
+SelectionInputs = tuple[Any, ...]
+"""What `SparseLinear.selection_inputs` returns: tensors, None, and plain values."""
 
 
 class SparseLinear(nn.Linear):
@@ -31,7 +39,7 @@ class SparseLinear(nn.Linear):
     with ``S`` the selection, ``s`` the norm compensation of each token, ``m`` the shift (0 without one) and ``Z`` what the
     branch reads: ``X - m`` (``branch="input"``) or what selection dropped, ``X - m - S(X - m)`` (``branch="dropped"``). Where calibration
     gave the layer a permutation, X stands for the gathered ``X[:, permutation]``; where it gave a weight of its own, the
-    sparse product uses that one for W.
+    sparse product uses that one for W. With ``precision="fp8"`` the sparse product is that of S(X - m) and W rounded to e4m3.
 
     It is an ``nn.Linear``: ``weight`` ``(N, K)`` stays dense, in the standard layout and bit for bit what it was, so that
     adapters, fusing and offloading work as on any linear. Until `set_compensation` there is no branch and the state dict has
@@ -48,7 +56,9 @@ class SparseLinear(nn.Linear):
     Attributes:
         dense: When True the layer is exactly ``F.linear(x, weight, bias)``.
         dense_step: The same for the present step; set by `rtlynx.dense_steps`.
-        branch, selection, norm_compensation, small_m: As in `SparsityConfig`.
+        branch, selection, norm_compensation, small_m, precision: As in `SparsityConfig`.
+        values_scale: With ``precision="fp8"``: what kept values are multiplied by before they are rounded to e4m3, whose largest number
+            is 448; a power of two, 1 at first. Setting it prepares the weight anew.
         comp_down: Parameter ``(K, r)`` or None. Compensation parameters do not require gradients unless asked to.
         comp_up: Parameter ``(N, r)`` or None.
         comp_bias: Parameter ``(N,)`` or None: ``m · Wᵀ`` where there is a `shift`, and what calibration fitted beside it.
@@ -56,6 +66,9 @@ class SparseLinear(nn.Linear):
         shift: Buffer ``(K,)`` float32 or None, in the order of the gathered input.
         permutation: Buffer ``(K,)`` int64 or None.
         score: Buffer ``(K,)`` float32, ``‖W_:j‖``, with ``selection="weight"``, else None. Not saved: see `update_score`.
+        weight_fp8: Buffer ``(N, K)`` e4m3, made from `sparse_weight` or `weight`, with ``precision="fp8"``, else None. Not saved: see
+            `update_weight_fp8`.
+        weight_scale: Buffer ``(N,)`` float32 that belongs to it, the `values_scale` divided out; else None.
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
@@ -69,6 +82,8 @@ class SparseLinear(nn.Linear):
     shift: Tensor | None
     permutation: Tensor | None
     score: Tensor | None
+    weight_fp8: Tensor | None
+    weight_scale: Tensor | None
 
     def __init__(
         self,
@@ -89,7 +104,8 @@ class SparseLinear(nn.Linear):
         self.comp_down = self.comp_up = self.comp_bias = self.sparse_weight = None
         self.register_buffer("shift", None)
         self.register_buffer("permutation", None)
-        self.set_score(None)
+        self.discard_prepared()
+        self._values_scale = 1.0
         self.configure(config or SparsityConfig())
 
     def configure(self, config: SparsityConfig) -> None:
@@ -98,7 +114,24 @@ class SparseLinear(nn.Linear):
         self.selection: Selection = config.selection
         self.norm_compensation = config.norm_compensation
         self.small_m: SmallM = config.small_m
-        self.update_score()
+        self.precision: Precision = config.precision
+        self.update_prepared()
+
+    @property
+    def values_dtype(self) -> torch.dtype | None:
+        """Dtype of the sparse product's operands where it is not the model's."""
+        return E4M3 if self.precision == "fp8" else None
+
+    @property
+    def values_scale(self) -> float:  # documented with the attributes
+        return self._values_scale
+
+    @values_scale.setter
+    def values_scale(self, scale: float) -> None:
+        check_values_scale("SparseLinear", scale)
+        self._values_scale = float(scale)
+        self.update_weight_fp8()
+        self._tie()
 
     @property
     def rank(self) -> int:
@@ -171,13 +204,39 @@ class SparseLinear(nn.Linear):
             comp_bias = bias_of_shift(self)
         self.comp_bias = parameter(comp_bias)
         self.derived = Derived.of(self)
+        self.update_prepared()
+
+    def update_prepared(self) -> None:
+        """Make everything anew that is made from the weight and not saved; ``load_state_dict`` calls this."""
+        self.update_weight_fp8()
         self.update_score()
+
+    def discard_prepared(self) -> None:
+        """Hold nothing of that, until `update_prepared`."""
+        for name in _PREPARED:
+            self._hold(name, None)
+
+    @torch.no_grad()
+    def update_weight_fp8(self) -> None:
+        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
+
+        Where they are already there they are overwritten, so that captured CUDA graphs follow.
+        """
+        made: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.precision == "fp8":
+            made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
+        for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
+            old: Tensor | None = getattr(self, name)
+            if old is not None and new is not None and old.device == new.device and not old.is_inference():
+                old.copy_(new)
+            else:
+                self._hold(name, new)
 
     def update_score(self) -> None:
         """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
 
         Layers that share their input share the score: the norms of their stacked weights' columns. It only ranks channels: a stale one
-        costs a little accuracy, never correctness. ``load_state_dict`` calls this.
+        costs a little accuracy, never correctness.
         """
         self.set_score(None)
         if self.selection == "weight":
@@ -191,14 +250,20 @@ class SparseLinear(nn.Linear):
         self._tie()
 
     def set_score(self, score: Tensor | None) -> None:
-        """Hold this score: where there is one as a buffer that is not saved, which accelerate's offloading takes to be there."""
-        self.register_buffer("score", score, persistent=score is None)
+        """Hold this score."""
+        self._hold("score", score)
 
-    def selection_inputs(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, BranchInput, bool]:
+    def _hold(self, name: str, prepared: Tensor | None) -> None:
+        # Where there is one it is a buffer that is not saved, which accelerate's offloading takes to be there.
+        self.register_buffer(name, prepared, persistent=prepared is None)
+
+    def selection_inputs(self) -> SelectionInputs:
         """All that its selection depends on but the input: the permutation, then the arguments of `rtlynx.ops.sparsify` after ``x``."""
-        branch_input: BranchInput = "input" if self.branch == "input" else "dropped"
+        branch_input = "input" if self.branch == "input" else "dropped"
         buffers = self._buffers  # read with every call, and three times as fast as attributes
-        return buffers["permutation"], buffers["score"], buffers["shift"], self.comp_down, branch_input, self.norm_compensation
+        values = (E4M3, self._values_scale) if self.precision == "fp8" else (None, 1.0)
+        of_input = buffers["permutation"], buffers["score"], buffers["shift"]
+        return *of_input, self.comp_down, branch_input, self.norm_compensation, EPS, *values
 
     def _tie(self) -> None:
         if self.input_group is not None:
@@ -232,50 +297,77 @@ class SparseLinear(nn.Linear):
             values, metadata, row_scale, branch = self.input_group.select(self, input, self._select)
         # An attribute that is a parameter is slow to read: each once.
         weight, bias, comp_up, comp_bias, sparse_weight = self.weight, self.bias, self.comp_up, self.comp_bias, self.sparse_weight
+        if sparse_weight is not None:
+            weight = sparse_weight
+        weight_scale = out_dtype = None
+        if self.precision == "fp8":
+            weight, weight_scale = self._prepared_for(weight)
+            out_dtype = input.dtype
         if comp_bias is not None:
             bias = comp_bias if bias is None else bias + comp_bias  # type: ignore[assignment]
         output = ops.sparse_linear(
             values,
             metadata,
-            weight if sparse_weight is None else sparse_weight,
+            weight,
             row_scale if self.norm_compensation else None,
             None if comp_up is None else branch,
             comp_up,
             bias,
+            weight_scale,
+            out_dtype,
         )
         return output if len(tokens) == 1 else output.view(*tokens, self.out_features)
 
+    def _prepared_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The e4m3 copy of ``weight`` and its scale."""
+        copied, scale = self._buffers["weight_fp8"], self._buffers["weight_scale"]
+        assert copied is not None and scale is not None
+        if torch.is_grad_enabled() and weight.requires_grad:
+            # A zero that depends on the weight: the output then requires a gradient too, and the backward pass says that there is none.
+            scale = scale + weight[:0].sum(dtype=torch.float32)
+        return copied, scale
+
     def _select(self, input: Tensor) -> ops.Sparsified:
-        permutation, score, shift, comp_down, branch_input, norm_compensation = self.selection_inputs()
+        permutation, *arguments = self.selection_inputs()
         x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         if permutation is not None:
             x = x.index_select(1, permutation)
-        return ops.sparsify(x, score, shift, comp_down, branch_input, norm_compensation)
+        return ops.sparsify(x, *arguments)
 
     def least_tokens(self, device: torch.device) -> int:
         """From how many tokens on this layer is faster sparse than dense on ``device``."""
-        return least_tokens(device, self.out_features, self.in_features, self.rank, self.weight.dtype)
+        return least_tokens(device, self.out_features, self.in_features, self.rank, self.weight.dtype, self.values_dtype)
 
     def extra_repr(self) -> str:
         compensation = f"rank={self.rank}, branch={self.branch}, norm_compensation={self.norm_compensation}"
         fitted = (("shift", self.shift), ("permutation", self.permutation), ("sparse_weight", self.sparse_weight))
         shift = "".join(f", {name}=True" for name, tensor in fitted if tensor is not None)
-        return f"{super().extra_repr()}, {compensation}, selection={self.selection}{shift}, dense={self.dense}"
+        precision = self.precision if self.values_scale == 1 else f"{self.precision}, values_scale={self.values_scale}"
+        switches = f"selection={self.selection}{shift}, precision={precision}, dense={self.dense}"
+        return f"{super().extra_repr()}, {compensation}, {switches}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        # `.to(bfloat16)` casts every floating-point buffer, but selection reads float32: redo those moves without the cast.
-        before = {name: getattr(self, name) for name in ("shift", "score")}
+        # `.to(bfloat16)` casts every floating-point buffer, but the kernels read these in dtypes of their own: redo those moves without.
+        before = {name: getattr(self, name) for name in _OWN_DTYPES}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
-            if new is not None and new.dtype != torch.float32:
+            if new is not None and new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
         if any(getattr(self, name) is not None for name in ("shift", "score", "permutation")):
             self._tie()  # a buffer that moved is another object
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if self.weight_fp8 is not None:  # torch pickles no float8: its bytes
+            state["_buffers"] = {**state["_buffers"], "weight_fp8": self.weight_fp8.view(torch.uint8)}
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.weight_fp8 is not None:
+            self._hold("weight_fp8", self.weight_fp8.view(E4M3))
         if self.input_group is not None:
             self.input_group.join(self)
 
@@ -294,7 +386,7 @@ class SparseLinear(nn.Linear):
             self.permutation = self.weight.new_zeros(self.in_features, dtype=torch.int64)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.derived = Derived.of(self)
-        self.update_score()
+        self.update_prepared()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # What layers of a group hold in common is in each one's name, and apart: safetensors refuses tensors that share memory.
@@ -321,6 +413,12 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         got, expected = "a layer whose forward is wrapped by a hook", "one without: remove the hook first"
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
-    own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "input_group", "sharing", "repeats", "derived"}
+    own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
+    own |= {"input_group", "sharing", "repeats", "derived"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
+
+
+def same_selection(a: SelectionInputs, b: SelectionInputs) -> bool:
+    """Whether two layers ask for the same selection: the same objects, since comparing tensors would cost more than selecting."""
+    return all(x is y or (type(x) is float and x == y) for x, y in zip(a, b, strict=True))

@@ -12,18 +12,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from rtlynx.errors import RTLynxError
+from rtlynx.fp8 import kernel_dtype
 from rtlynx.io import atomic_path
+from rtlynx.reference import E4M3
 from rtlynx.version import __version__
 
 FORMAT = 1
-DTYPES = ("bfloat16", "float16")
-"""torch's names of the element types that the kernels serve."""
+DTYPES = tuple(kernel_dtype(dtype, values_dtype) for values_dtype in (None, E4M3) for dtype in (torch.bfloat16, torch.float16))
+"""The extension's names of the element types that the kernels serve; e4m3 ones have kernels on some GPUs only."""
 
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One product as dispatch sees it: sizes, rank of the branch, torch's name of the element type."""
+    """One product as dispatch sees it: sizes, rank of the branch, the extension's name of the element types (`rtlynx.fp8.kernel_dtype`)."""
 
     m: int
     n: int

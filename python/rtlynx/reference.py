@@ -1,7 +1,8 @@
 """The semantics of every rtlynx op in plain torch: the CPU implementation and the oracle of every kernel test.
 
 Notation: ``M`` tokens, ``K`` input channels, ``N`` output channels, ``r`` branch rank, dtype ``T`` in {bfloat16, float16} (and float32 on
-the CPU only). A *group* is 4 neighbouring channels of one token. docs/format.md draws the bits.
+the CPU only). A *group* is 4 neighbouring channels of one token. The operands of the sparse product are of dtype T, or both e4m3 (fp8);
+everything else is of dtype T either way. docs/format.md draws the bits.
 """
 
 from __future__ import annotations
@@ -31,16 +32,22 @@ MAX_RANK = 128
 """The largest branch rank: what one stage buffer of the kernels holds."""
 EPS = 1e-8
 """ε of the norm compensation (RT-Lynx, arXiv 2605.26632)."""
+E4M3 = torch.float8_e4m3fn
+"""The operand dtype of fp8: 4 bits of exponent, 3 of mantissa, no infinity."""
+E4M3_MAX = 448.0
+"""The largest finite e4m3 number."""
 
 _ZERO_GROUP_NIBBLE = 0b0100  # positions (0, 1): what an all-zero group selects, hence also the padding
+_E4M3_NAN = 0x7F  # of either sign, as the GPU's conversion gives it
 
 
 class Sparsified(NamedTuple):
     """A 2:4-compressed activation, what `sparsify` returns.
 
     Attributes:
-        values: ``(M, K/2)`` of dtype T; the two kept values of group c are columns 2c and 2c+1, in channel order.
-        metadata: ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32; the kept positions, 8 groups a word (docs/format.md).
+        values: ``(M, K/2)`` of dtype T or e4m3; the two kept values of group c are columns 2c and 2c+1, in channel order.
+        metadata: ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32; the kept positions, 8 groups a word, ordered as the dtype of the values asks for
+            (docs/format.md).
         row_scale: ``(M,)`` float32 norm compensation, or ``(0,)`` when it is off.
         branch: ``(M, r)`` of dtype T, the input of the rank-r branch, or ``(M, 0)`` without one.
     """
@@ -99,41 +106,66 @@ def kept_positions(mask: Tensor) -> Tensor:
     return torch.stack([low, high], -1).long()
 
 
-def pack_metadata(positions: Tensor) -> Tensor:
-    """Kept positions ``(M, K/4, 2)`` → the metadata words ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32 of docs/format.md."""
+def e4m3(x: Tensor) -> Tensor:
+    """float32 → e4m3, to nearest, ties to even. What lies beyond ±448, infinity too, becomes ±448; NaN becomes the bits ``0x7F``."""
+    bits = x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3).view(torch.uint8)
+    return bits.masked_fill(x.isnan(), _E4M3_NAN).view(E4M3)
+
+
+def pack_metadata(positions: Tensor, values_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Kept positions ``(M, K/4, 2)`` → the metadata words ``(⌈K/256⌉, 4⌈M/64⌉, 32, 4)`` int32 of docs/format.md.
+
+    The dtype of the values says which instruction will read the words: those for 8-bit operands want another order than those for 16.
+    """
     m, groups, _ = positions.shape
     blocks, tiles, *_ = metadata_shape(m, groups * GROUP)
     nibbles = torch.full((tiles * TILE_ROWS, blocks * BLOCK_COLS // GROUP), _ZERO_GROUP_NIBBLE, dtype=torch.int64, device=positions.device)
     nibbles[:m, :groups] = positions[..., 0] | positions[..., 1] << 2
     places = torch.tensor([0, 4, 8, 12], device=positions.device)
     halves = (nibbles.unflatten(1, (-1, 4)) << places).sum(-1)  # 16 bits: one row, 16 dense columns
-    # rows: tile, half of the tile, g;  columns: block, 64-column step j, q
-    halves = halves.view(tiles, 2, 8, blocks, 4, 4)
-    words = halves[:, 0] | halves[:, 1] << 16  # (tile, g, block, j, q)
-    words = words.permute(2, 0, 1, 4, 3).reshape(blocks, tiles, 32, 4)
+    # rows: tile, half of the tile, g;  columns: block, 64-column step j, then 16 columns as q = 2 · q1 + q0
+    halves = _word_order(halves.view(tiles, 2, 8, blocks, 4, 2, 2), values_dtype)
+    words = halves[:, 0] | halves[:, 1] << 16  # (tile, g, block, j, lane of the quad)
+    words = words.flatten(-2).permute(2, 0, 1, 4, 3).reshape(blocks, tiles, 32, 4)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def unpack_metadata(metadata: Tensor, m: int, k: int) -> Tensor:
+def unpack_metadata(metadata: Tensor, m: int, k: int, values_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Inverse of `pack_metadata`: ``(M, K/4, 2)`` int64 kept positions."""
     blocks, tiles, *_ = metadata.shape
-    words = metadata.long().view(blocks, tiles, 8, 4, 4).permute(1, 2, 0, 4, 3)  # (tile, g, block, j, q)
-    halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], 1).reshape(tiles * TILE_ROWS, blocks * 16)
+    words = metadata.long().view(blocks, tiles, 8, 2, 2, 4).permute(1, 2, 0, 5, 3, 4)  # (tile, g, block, j, lane of the quad)
+    halves = _word_order(torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], 1), values_dtype).reshape(tiles * TILE_ROWS, blocks * 16)
     nibbles = (halves[..., None] >> torch.tensor([0, 4, 8, 12], device=metadata.device) & 0xF).flatten(1)[:m, : k // GROUP]
     return torch.stack([nibbles & 3, nibbles >> 2], -1)
 
 
-def kept_columns(metadata: Tensor, m: int, k: int) -> Tensor:
+def _word_order(halves: Tensor, values_dtype: torch.dtype) -> Tensor:
+    """Halves by (tile, half of the tile, g, block, j, q1, q0) ↔ by (tile, half of the word, g, block, j, lane of the quad as two bits).
+
+    Words for 16-bit operands hold both halves of the tile, lane q for the columns q. Words for 8-bit operands hold twice the columns of
+    one row: the half of the tile is the lane's last bit, the last bit of the columns is the half of the word.
+    """
+    return halves.transpose(1, 6) if values_dtype.itemsize == 1 else halves
+
+
+def kept_columns(metadata: Tensor, m: int, k: int, values_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """``(M, K/2)`` int64: the dense column every compressed value came from."""
     groups = torch.arange(k // GROUP, device=metadata.device)[:, None] * GROUP
-    return (unpack_metadata(metadata, m, k) + groups).flatten(1)
+    return (unpack_metadata(metadata, m, k, values_dtype) + groups).flatten(1)
 
 
 def decompress(values: Tensor, metadata: Tensor) -> Tensor:
-    """Compressed values and metadata → ``S(X)``, ``(M, K)``, zeros where channels were dropped (no row scale)."""
+    """Compressed values and metadata → ``S(X)``, ``(M, K)``, zeros where channels were dropped (no row scale, no values scale)."""
     m, half = values.shape
-    dense = values.new_zeros(m, half * 2)
-    return dense.scatter_(1, kept_columns(metadata, m, half * 2), values)
+    columns = kept_columns(metadata, m, half * 2, values.dtype)
+    if values.dtype is E4M3:  # torch does not scatter it; its zero is a zero byte
+        return _scattered(values.view(torch.uint8), columns).view(E4M3)
+    return _scattered(values, columns)
+
+
+def _scattered(values: Tensor, columns: Tensor) -> Tensor:
+    m, half = values.shape
+    return values.new_zeros(m, half * 2).scatter_(1, columns, values)
 
 
 def sparsify(
@@ -144,6 +176,8 @@ def sparsify(
     branch_input: BranchInput = "dropped",
     norm_compensation: bool = True,
     eps: float = EPS,
+    values_dtype: torch.dtype | None = None,
+    values_scale: float = 1.0,
 ) -> Sparsified:
     """Select, compress, measure and project: see `rtlynx.ops.sparsify`, whose semantics this defines.
 
@@ -152,6 +186,9 @@ def sparsify(
         row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
         branch    = X' · comp_down                  for branch_input = "input"    (the paper's branch)
                   = (X' - S(X')) · comp_down        for branch_input = "dropped"  (split: what selection dropped)
+
+    With ``values_dtype = float8_e4m3fn`` the kept values are stored as ``e4m3(float32(x') · values_scale)``; selection, row scale and
+    branch are of the unrounded X' all the same.
     """
     m, k = x.shape
     x = shifted(x, shift)
@@ -170,7 +207,9 @@ def sparsify(
         if branch_input == "dropped":
             z = z.masked_fill(mask, 0)
         branch = (z @ comp_down.float()).to(x.dtype)
-    return Sparsified(values, pack_metadata(positions), row_scale, branch)
+    if values_dtype is not None:
+        values = e4m3(values.float() * values_scale)
+    return Sparsified(values, pack_metadata(positions, values.dtype), row_scale, branch)
 
 
 def sparse_linear(
@@ -181,13 +220,17 @@ def sparse_linear(
     branch: Tensor | None = None,
     comp_up: Tensor | None = None,
     bias: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``row_scale · (S(X) · weightᵀ) + branch · comp_upᵀ + bias`` in float32, rounded once: see `rtlynx.ops.sparse_linear`."""
+    """``row_scale · (S(X) · weightᵀ) · weight_scale + branch · comp_upᵀ + bias`` in float32, rounded once: see `rtlynx.ops`."""
     out = decompress(values, metadata).float() @ weight.float().T
     if row_scale is not None and row_scale.numel():
         out = out * row_scale[:, None]
+    if weight_scale is not None:
+        out = out * weight_scale
     if branch is not None and comp_up is not None:
         out = out + branch.float() @ comp_up.float().T
     if bias is not None:
         out = out + bias.float()
-    return out.to(values.dtype)
+    return out.to(values.dtype if out_dtype is None else out_dtype)

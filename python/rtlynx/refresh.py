@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def refresh(pipe_or_module: T) -> T:
-    """Let what sparse layers prepared from their weights follow weights that have changed: scores, permuted copies, the bias of a shift.
+    """Let what sparse layers prepared from their weights follow weights that have changed: scores, copies of them, the bias of a shift.
 
     diffusers' ``fuse_lora`` and ``unfuse_lora`` do this by themselves; call it after other changes (peft's ``merge_adapter``, another
     checkpoint loaded in place). What was fitted cannot follow: where a layer's branch was fitted to other weights, a log record (logger
@@ -46,6 +46,7 @@ def _refresh(pipe_or_module: object) -> list[str]:
     for layer in here.values():
         if layer.derived is not None:
             layer.derived.renew(layer)
+        layer.update_weight_fp8()
         if layer.score is not None:
             layer.update_score()
     return [name for name, layer in here.items() if layer.derived is not None and not layer.derived.fits(layer)]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rtlynx.eligibility import sparse_layers
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fused_projections import parts_of
+from rtlynx.linear import same_selection
 from rtlynx.recipes import find_recipe
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class InputGroup:
         layers = self.layers()
         asked = [layer.selection_inputs() for layer in layers]
         for layer, mine in zip(layers, asked, strict=True):
-            layer.sharing = sum(_same(mine, other) for other in asked)
+            layer.sharing = sum(same_selection(mine, other) for other in asked)
 
     def select(self, reader: SparseLinear, source: Tensor, select: Callable[[Tensor], T]) -> T:
         """What was selected from ``source``: the selection that is kept if it serves this reader, else a new one.
@@ -162,7 +163,7 @@ class _Kept(NamedTuple):
     readers: set[int]
 
     def serves(self, reader: SparseLinear, source: Tensor, asked: tuple[object, ...], state: tuple[int, ...]) -> bool:
-        return self.source() is source and self.state == state and id(reader) not in self.readers and _same(self.asked, asked)
+        return self.source() is source and self.state == state and id(reader) not in self.readers and same_selection(self.asked, asked)
 
 
 def _refuse_moving_ahead(layer: SparseLinear) -> None:
@@ -193,11 +194,6 @@ def _state(source: Tensor, asked: tuple[object, ...]) -> tuple[int, ...] | None:
     if source.is_cuda:
         state += torch._C._cuda_getCurrentRawStream(source.get_device()), torch.cuda.is_current_stream_capturing()
     return tuple(state)
-
-
-def _same(a: tuple[object, ...], b: tuple[object, ...]) -> bool:
-    """Whether two layers ask for the same selection: the same objects, since comparing values would cost more than selecting."""
-    return all(x is y for x, y in zip(a, b, strict=True))
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

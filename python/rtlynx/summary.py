@@ -17,6 +17,7 @@ from rtlynx.apply import applied_config
 from rtlynx.config import SparsityConfig
 from rtlynx.eligibility import Candidate, candidates, target_modules
 from rtlynx.errors import RTLynxError
+from rtlynx.fp8 import kernel_dtype
 from rtlynx.least_tokens import NEVER
 from rtlynx.linear import SparseLinear
 
@@ -176,7 +177,7 @@ def planned_kernel(layer: SparseLinear, tokens: int) -> str:
             n=layer.out_features,
             k=layer.in_features,
             rank=layer.rank,
-            dtype=str(layer.weight.dtype).removeprefix("torch."),
+            dtype=kernel_dtype(layer.weight.dtype, layer.values_dtype),
         )
     except RTLynxError as error:
         return f"none: {error}"

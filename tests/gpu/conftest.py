@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rtlynx import fp8
+
 
 def _why_not() -> str | None:
     if not torch.cuda.is_available():
@@ -39,6 +41,17 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=True)
+def only_where_fp8_runs(request: pytest.FixtureRequest) -> None:
+    """Tests with e4m3 operands run on the kernels that multiply them."""
+    arguments = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if arguments.get("values_dtype") is torch.float8_e4m3fn:
+        if reason := fp8.missing_kernels(torch.device("cuda", torch.cuda.current_device())):
+            pytest.skip(reason)
+        if arguments.get("kernels") == "portable":
+            pytest.skip("the kernels that every GPU can run do not multiply fp8")
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 MODEL_SHAPES = [
     (4096, 3072, 3072),  # FLUX, Qwen-Image: attention of the image stream
     (512, 3072, 3072),  # FLUX: attention of the text stream
@@ -36,3 +39,6 @@ TAIL_SHAPES = [
 """Small problems that leave every tile, block, pipeline stage and word partly filled."""
 
 RANKS = [0, 16, 32, 48, 64, 80, 128]
+
+OPERANDS = [pytest.param(None, id="16-bit"), pytest.param(torch.float8_e4m3fn, id="e4m3")]
+"""Values of `values_dtype`; conftest skips e4m3 where there are no kernels for it."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shapes import OPERANDS
 from torch import Tensor
 
-from rtlynx import ops, reference
+from rtlynx import fp8, ops, reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -22,13 +23,23 @@ def make_layer(n: int = 256, k: int = 512, rank: int = 16, device: str = "cuda")
     }
 
 
-def forward(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    s = ops.sparsify(x, comp_down=down)
-    return ops.sparse_linear(s.values, s.metadata, weight, s.row_scale, s.branch, up, bias)
+def in_operands(layer: dict[str, Tensor], values_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The layer with its weight quantised, if that is asked for."""
+    if values_dtype is None:
+        return layer
+    weight, weight_scale = fp8.quantize_weight(layer["weight"])
+    return {**layer, "weight": weight, "weight_scale": weight_scale}
 
 
-def test_non_default_stream() -> None:
-    layer, x = make_layer(), torch.randn(2000, 512, device="cuda", dtype=BF16)
+def forward(x: Tensor, weight: Tensor, down: Tensor, up: Tensor, bias: Tensor, weight_scale: Tensor | None = None) -> Tensor:
+    values_dtype, out_dtype = (None, None) if weight_scale is None else (weight.dtype, x.dtype)
+    s = ops.sparsify(x, comp_down=down, values_dtype=values_dtype)
+    return ops.sparse_linear(s.values, s.metadata, weight, s.row_scale, s.branch, up, bias, weight_scale, out_dtype)
+
+
+@pytest.mark.parametrize("values_dtype", OPERANDS)
+def test_non_default_stream(values_dtype: torch.dtype | None) -> None:
+    layer, x = in_operands(make_layer(), values_dtype), torch.randn(2000, 512, device="cuda", dtype=BF16)
     want = forward(x, **layer)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -40,8 +51,9 @@ def test_non_default_stream() -> None:
     assert torch.equal(got, want)
 
 
-def test_cuda_graph_replays_on_new_input() -> None:
-    layer, x = make_layer(), torch.randn(300, 512, device="cuda", dtype=BF16)
+@pytest.mark.parametrize("values_dtype", OPERANDS)
+def test_cuda_graph_replays_on_new_input(values_dtype: torch.dtype | None) -> None:
+    layer, x = in_operands(make_layer(), values_dtype), torch.randn(300, 512, device="cuda", dtype=BF16)
     forward(x, **layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -52,9 +64,10 @@ def test_cuda_graph_replays_on_new_input() -> None:
         assert torch.equal(out, forward(x, **layer))
 
 
+@pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compile_without_graph_breaks_or_recompiles(mode: str) -> None:
-    layer = make_layer()
+def test_compile_without_graph_breaks_or_recompiles(mode: str, values_dtype: torch.dtype | None) -> None:
+    layer = in_operands(make_layer(), values_dtype)
     torch._dynamo.reset()
     compiled = torch.compile(forward, fullgraph=True, mode=mode, dynamic=True)
     for m in (300, 77, 1024):

@@ -75,9 +75,9 @@ def test_compiled_blocks_serve_every_size() -> None:
 # ---- where weights are -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "weight"])
-def test_sequential_offloading(selection: str) -> None:
-    model = sparse_flux(selection=selection)
+@pytest.mark.parametrize("config", [{}, {"selection": "weight"}, {"precision": "fp8"}], ids=str)
+def test_sequential_offloading(config: dict[str, Any]) -> None:
+    model = sparse_flux(**config)
     want = output(model, INPUTS)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     assert model.transformer_blocks[0].attn.to_q.weight.is_meta
@@ -112,17 +112,19 @@ def test_whole_model_offloading() -> None:
     assert torch.equal(output(model, INPUTS), want)
 
 
+@pytest.mark.parametrize("precision", ["model", "fp8"])
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
-def test_group_offloading(kind: str) -> None:
-    model = sparse_flux()
+def test_group_offloading(kind: str, precision: str) -> None:
+    model = sparse_flux(precision=precision)
     want = output(model, INPUTS)
     model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, num_blocks_per_group=1)
     for _ in range(2):
         assert torch.equal(output(model, INPUTS), want)
 
 
-def test_weights_stored_in_fp8() -> None:
-    model, inputs = sparse_flux(torch.bfloat16), FLUX.inputs("cpu", torch.bfloat16)
+@pytest.mark.parametrize("precision", ["model", "fp8"])
+def test_weights_stored_in_fp8(precision: str) -> None:
+    model, inputs = sparse_flux(torch.bfloat16, precision=precision), FLUX.inputs("cpu", torch.bfloat16)
     want = output(model, inputs)
     layer = model.transformer_blocks[0].attn.to_q
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
@@ -203,9 +205,10 @@ def by_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("precision", ["model", "fp8"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
-def test_copies_compute_the_same_on_their_own(copied: Callable[[nn.Module], nn.Module]) -> None:
-    model = sparse_flux(selection="weight")
+def test_copies_compute_the_same_on_their_own(copied: Callable[[nn.Module], nn.Module], precision: str) -> None:
+    model = sparse_flux(selection="weight", precision=precision)
     want = output(model, INPUTS)
     twin = copied(model)
     assert torch.equal(output(twin, INPUTS), want)
@@ -220,20 +223,22 @@ def test_copies_compute_the_same_on_their_own(copied: Callable[[nn.Module], nn.M
     assert not any(isinstance(m, SparseLinear) for m in twin.modules())
 
 
+@pytest.mark.parametrize("precision", ["model", "fp8"])
 @pytest.mark.parametrize("assign", [False, True])
-def test_state_dict_round_trip(assign: bool) -> None:
-    model = sparse_flux()
+def test_state_dict_round_trip(assign: bool, precision: Any) -> None:
+    model = sparse_flux(precision=precision)
     state = model.state_dict()
-    other = rtlynx.apply(FLUX.build("cpu", F32), SparsityConfig(rank=16))
+    other = rtlynx.apply(FLUX.build("cpu", F32), SparsityConfig(rank=16, precision=precision))
     for parameter in other.parameters():
         nn.init.zeros_(parameter)
     assert not any(other.load_state_dict(state, assign=assign))
     assert torch.equal(output(other, INPUTS), output(model, INPUTS))
 
 
+@pytest.mark.parametrize("precision", ["model", "fp8"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_export_of_a_block(strict: bool) -> None:
-    model = sparse_flux().requires_grad_(False)
+def test_export_of_a_block(strict: bool, precision: str) -> None:
+    model = sparse_flux(precision=precision).requires_grad_(False)
     block = model.transformer_blocks[0]
     seen: list[Any] = []
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)

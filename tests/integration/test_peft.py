@@ -115,7 +115,8 @@ def prepared(layer: SparseLinear, rank: int = 0) -> None:
 
 def test_prepared_weights_follow_a_fused_adapter(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = flux()
-    rtlynx.apply(model, SparsityConfig(selection="weight"))
+    config = SparsityConfig(selection="weight", precision="fp8")
+    rtlynx.apply(model, config)
     add_lora(model)
     to_q = model.transformer_blocks[0].attn.to_q
     layer = to_q.base_layer
@@ -129,10 +130,11 @@ def test_prepared_weights_follow_a_fused_adapter(caplog: pytest.LogCaptureFixtur
     }
     with caplog.at_level("WARNING", "rtlynx"):
         model.fuse_lora()
-        want = SparseLinear.from_linear(torch.nn.Linear(128, 128), SparsityConfig(selection="weight"))
+        want = SparseLinear.from_linear(torch.nn.Linear(128, 128), config)
         want.weight, want.bias = layer.weight, layer.bias
         want.set_compensation(shift=layer.shift, permutation=layer.permutation)
         assert torch.equal(layer.sparse_weight, want.sparse_weight)
+        assert torch.equal(layer.weight_fp8.float(), want.weight_fp8.float()) and torch.equal(layer.weight_scale, want.weight_scale)
         torch.testing.assert_close(layer.comp_bias, want.comp_bias + own)
         group = [to_q, model.transformer_blocks[0].attn.to_k, model.transformer_blocks[0].attn.to_v]
         norms = torch.cat([getattr(m, "base_layer", m).weight for m in group]).norm(dim=0)

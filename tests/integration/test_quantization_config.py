@@ -60,11 +60,13 @@ def calibrated(path: Path, config: RTLynxConfig | None = None, dtype: torch.dtyp
 
 
 @families
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loads_what_apply_makes(tiny: Tiny, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "dtype, precision", [(torch.float32, "model"), (torch.bfloat16, "model"), (torch.float16, "model"), (torch.bfloat16, "fp8")], ids=str
+)
+def test_loads_what_apply_makes(tiny: Tiny, dtype: torch.dtype, precision: Any, tmp_path: Path) -> None:
     dense = tiny.build("cpu", dtype)
     dense.save_pretrained(tmp_path)
-    config = SparsityConfig(selection="weight", skip=("**.to_q",))
+    config = SparsityConfig(selection="weight", skip=("**.to_q",), precision=precision)
     model, info = type(dense).from_pretrained(
         tmp_path, quantization_config=RTLynxConfig(config), torch_dtype=dtype, output_loading_info=True
     )

@@ -156,6 +156,7 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path, table: Path) -> None
         ({"budget": 0.9, "prompts": PROMPTS[:1]}, "at least two"),
         ({"budget": 0.9}, "layer.csv"),
         ({"budget": 0.1, "times": table}, "fastest"),
+        ({"budget": 0.9, "times": table, "config": SparsityConfig(precision="fp8")}, "a table without gemm_e4m3_ms"),
     ):
         with pytest.raises(InvalidArgumentError, match=piece):
             rtlynx.search(pipe, **{"prompts": PROMPTS, "progress": False, "ranks": (16,), "num_inference_steps": 1, **arguments})  # type: ignore[arg-type]

@@ -72,9 +72,9 @@ def test_selections_of_a_forward(family: str, selections: list[None]) -> None:
 
 
 @pytest.mark.parametrize("family", ["flux", "pixart", "wan"])  # those that diffusers can fuse
-@pytest.mark.parametrize("selection", ["magnitude", "weight"])
-def test_fused_projections_stay_sparse(family: str, selection: str, selections: list[None]) -> None:
-    model, inputs = build(ALL[family], SparsityConfig(rank=16, selection=selection))  # type: ignore[arg-type]
+@pytest.mark.parametrize("options", [{}, {"selection": "weight"}, {"precision": "fp8"}], ids=str)
+def test_fused_projections_stay_sparse(family: str, options: dict[str, Any], selections: list[None]) -> None:
+    model, inputs = build(ALL[family], SparsityConfig(rank=16, **options))
     want = output(model, inputs)
     before = len(selections)
     model.fuse_qkv_projections()
@@ -82,7 +82,7 @@ def test_fused_projections_stay_sparse(family: str, selection: str, selections: 
     assert fused and all(isinstance(model.get_submodule(name), SparseLinear) for name in fused)
     assert relative_error(output(model, inputs), want) < 1e-5
     assert len(selections) - before <= SELECTIONS[family]
-    rtlynx.apply(model, SparsityConfig(rank=16, selection=selection))  # type: ignore[arg-type]
+    rtlynx.apply(model, SparsityConfig(rank=16, **options))
     assert relative_error(output(model, inputs), want) < 1e-5
     model.unfuse_qkv_projections()
     before = len(selections)

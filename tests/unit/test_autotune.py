@@ -128,6 +128,13 @@ def test_a_model_gives_its_different_products(machine: Machine) -> None:
     assert [one.problem for one in found] == [Problem(m, *sizes) for sizes in ((256, 128, 0), (128, 256, 16)) for m in (1000, 4096)]
 
 
+def test_precision_is_part_of_a_product(machine: Machine) -> None:
+    (one,) = rtlynx.autotune([ATTENTION], precision="fp8")
+    assert one.problem == Problem(*ATTENTION, "bfloat16_e4m3")
+    model = rtlynx.apply(sparse_model(torch.float16), rtlynx.SparsityConfig(include=("*",), precision="fp8"))
+    assert {found.problem.dtype for found in rtlynx.autotune(model)} == {"float16_e4m3"}
+
+
 def test_layers_that_run_dense_are_left_out(machine: Machine) -> None:
     assert [one.problem.m for one in rtlynx.autotune(sparse_model(), tokens=(999, 1000))] == [1000] * 2
     with pytest.raises(InvalidArgumentError, match=r"`tokens`: got \(999,\), expected at least 1000"):
@@ -146,6 +153,7 @@ def test_refusals_come_before_any_measurement(machine: Machine) -> None:
         ({"model_or_problems": [ATTENTION, (64, 64, 65, 0)]}, "`k`: got 65"),
         ({"model_or_problems": [ATTENTION], "dtype": torch.float32}, "`dtype`: got float32"),
         ({"model_or_problems": sparse_model(torch.float32)}, "`dtype`: got float32"),
+        ({"model_or_problems": [ATTENTION], "precision": "fp4"}, "`precision`: got 'fp4'"),
         ({"model_or_problems": [ATTENTION], "device": "cpu"}, "`device`: got cpu"),
         ({"model_or_problems": [ATTENTION], "device": 2}, "`device`: got cuda:2, expected one of 2 GPUs"),
     ):

@@ -58,6 +58,7 @@ def test_results_are_a_csv_under_header_lines(tmp_path: Path) -> None:
     rows = list(csv.DictReader(lines[2:]))
     assert len(rows) == 2
     assert list(rows[0])[:10] == ["m", "n", "k", "rank", "dense_ms", "gemm_ms", "select_ms", "layer_ms", "gemm_tflops", "speedup"]
+    assert list(rows[0])[-5:] == ["kernel", "gemm_e4m3_ms", "select_e4m3_ms", "layer_e4m3_ms", "speedup_e4m3"]
     assert float(rows[0]["dense_ms"]) == ROW.dense_ms and rows[0]["fp8_ms"] == "nan"
 
 
@@ -75,7 +76,7 @@ def test_results_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     path = tmp_path / "layer.csv"
     path.write_text("# gpu: NVIDIA H200\nm,n,k,rank,dense_ms,gemm_ms,select_ms,layer_ms,gemm_tflops,speedup\n1,8,64,0,2,1,1,2,0.5,1\n")
     _, (back,) = read_csv(path)
-    assert (back.m, back.layer_ms) == (1, 2.0) and math.isnan(back.fused_ms)
+    assert (back.m, back.layer_ms) == (1, 2.0) and math.isnan(back.fused_ms) and math.isnan(back.speedup_e4m3)
 
 
 def test_geometric_mean() -> None:

@@ -79,6 +79,8 @@ def test_malformed_patterns_are_refused_when_the_configuration_is_made(pattern: 
         ("rank", 16.0),
         ("branch", "outside"),
         ("selection", "random"),
+        ("precision", "fp4"),
+        ("precision", None),
         ("norm_compensation", 1),
         ("skip", "a.string"),
         ("include", ("a", 3)),
@@ -106,10 +108,22 @@ def test_invalid_values_name_the_argument(argument: str, value: Any) -> None:
         norm_compensation=st.booleans(),
         branch=st.sampled_from(["none", "input", "dropped"]),
         selection=st.sampled_from(["magnitude", "weight"]),
+        precision=st.sampled_from(["model", "fp8"]),
     )
 )
 def test_survives_json(config: rtlynx.SparsityConfig) -> None:
     assert rtlynx.SparsityConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_compensation_serves_every_precision() -> None:
+    assert rtlynx.SparsityConfig(precision="fp8").same_arithmetic(rtlynx.SparsityConfig())
+    assert not rtlynx.SparsityConfig(precision="fp8").same_arithmetic(rtlynx.SparsityConfig(branch="input"))
+
+
+def test_configurations_from_before_there_were_precisions_are_read() -> None:
+    old = rtlynx.SparsityConfig().to_dict()
+    del old["precision"]
+    assert rtlynx.SparsityConfig.from_dict(old).precision == "model"
 
 
 def test_unknown_keys_are_refused() -> None:

@@ -30,8 +30,8 @@ def threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretend that the CPU is a device on which sparse pays from `LEAST` tokens on."""
 
     @torch.compiler.assume_constant_result
-    def pretended(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype) -> int:
-        assert (device.type, n, k, rank, dtype) == ("cpu", N, K, 16, torch.float32)
+    def pretended(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None) -> int:
+        assert (device.type, n, k, rank, dtype, values_dtype) == ("cpu", N, K, 16, torch.float32, None)
         return LEAST
 
     monkeypatch.setattr(linear, "least_tokens", pretended)
@@ -94,7 +94,9 @@ def test_on_a_gpu_the_core_says_how_many(monkeypatch: pytest.MonkeyPatch) -> Non
     _least_tokens.cache_clear()
     for _ in range(2):
         assert least_tokens(torch.device("cuda:0"), 3072, 12288, 64, torch.bfloat16) == 700
-    assert calls == [{"capability": (9, 0), "sms": 132, "n": 3072, "k": 12288, "rank": 64, "dtype": "bfloat16"}]
+        assert least_tokens(torch.device("cuda:0"), 3072, 12288, 64, torch.bfloat16, torch.float8_e4m3fn) == 700
+    sizes = {"capability": (9, 0), "sms": 132, "n": 3072, "k": 12288, "rank": 64}
+    assert calls == [sizes | {"dtype": "bfloat16"}, sizes | {"dtype": "bfloat16_e4m3"}]
     _least_tokens.cache_clear()
 
 

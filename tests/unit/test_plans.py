@@ -104,6 +104,8 @@ def test_a_machine_is_its_gpu_and_the_kernels_that_could_run() -> None:
     hopper, ampere = (Machine.of(core, device) for device in core.devices())  # type: ignore[arg-type]
     assert (hopper.gpu, hopper.driver, hopper.rtlynx) == ("NVIDIA H200", "13.0", _core.__version__)
     assert set(ampere.kernels) < set(hopper.kernels)
+    e4m3 = [_core.candidates((9, 0), 132, 1, 64, 64, 0, dtype) for dtype in ("bfloat16_e4m3", "float16_e4m3")]
+    assert all(names and set(names) <= set(hopper.kernels) - set(ampere.kernels) for names in e4m3)
     assert {"spmm_sm80_bf16_64x64x64_s4", "spmm_sm80_f16_64x64x64_s4"} <= set(ampere.kernels)
 
 

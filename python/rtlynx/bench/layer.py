@@ -13,6 +13,8 @@ from torch import Tensor
 from rtlynx import _core, ops
 from rtlynx.bench.peers import Operands, prepare
 from rtlynx.bench.timing import time_interleaved
+from rtlynx.fp8 import missing_kernels, quantize_weight
+from rtlynx.reference import E4M3
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class LayerTimes:
         cusparselt_compress_ms: Compressing an activation that is 2:4 already; finding its zeros is not counted.
         fused_ms: The one-kernel path, a whole layer like `layer_ms`.
         kernel: Of `gemm_ms`.
+        gemm_e4m3_ms: Like `gemm_ms`, with e4m3 operands (``precision="fp8"``); NaN where the GPU has no kernels for it.
+        select_e4m3_ms: Like `select_ms`, with e4m3 values.
+        layer_e4m3_ms: Both.
+        speedup_e4m3: `dense_ms` over `layer_e4m3_ms`.
     """
 
     m: int
@@ -54,6 +60,10 @@ class LayerTimes:
     cusparselt_compress_ms: float = math.nan
     fused_ms: float = math.nan
     kernel: str = ""
+    gemm_e4m3_ms: float = math.nan
+    select_e4m3_ms: float = math.nan
+    layer_e4m3_ms: float = math.nan
+    speedup_e4m3: float = math.nan
 
 
 def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: bool = True) -> tuple[LayerTimes, dict[str, str]]:
@@ -69,6 +79,7 @@ def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: b
     moved = torch.empty(_selection_bytes(m, k, rank) // 2, dtype=torch.int8, device="cuda")
     target = torch.empty_like(moved)
     others, missing = prepare(Operands(x, weight, bias, down, up, sparse)) if peers else ({}, {})
+    in_fp8 = {} if missing_kernels(x.device) else _in_fp8(x, weight, bias, down, up)
     functions: dict[str, Callable[[], object]] = {
         "dense": lambda: F.linear(x, weight, bias),
         "gemm": gemm,
@@ -76,6 +87,7 @@ def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: b
         "layer": lambda: gemm(ops.sparsify(x, comp_down=down)),
         "copy": lambda: target.copy_(moved),
         **others,
+        **in_fp8,
     }
     ms = time_interleaved(functions, repeats)
     times = LayerTimes(
@@ -85,10 +97,26 @@ def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: b
         rank=rank,
         gemm_tflops=2e-9 * m * n * k / ms["gemm"],
         speedup=ms["dense"] / ms["layer"],
+        speedup_e4m3=ms["dense"] / ms.get("layer_e4m3", math.nan),
         kernel=_core.gemm_kernel(torch.cuda.current_device(), m, n, k, rank, "bfloat16"),
         **{f"{name}_ms": time for name, time in ms.items()},
     )
     return times, missing
+
+
+def _in_fp8(x: Tensor, weight: Tensor, bias: Tensor, down: Tensor | None, up: Tensor | None) -> dict[str, Callable[[], object]]:
+    """The same parts of the layer with e4m3 operands."""
+    quantised, scale = quantize_weight(weight)
+
+    def select() -> ops.Sparsified:
+        return ops.sparsify(x, comp_down=down, values_dtype=E4M3)
+
+    def gemm(s: ops.Sparsified) -> Tensor:
+        branch = None if up is None else s.branch
+        return ops.sparse_linear(s.values, s.metadata, quantised, s.row_scale, branch, up, bias, scale, x.dtype)
+
+    sparse = select()
+    return {"gemm_e4m3": lambda: gemm(sparse), "select_e4m3": select, "layer_e4m3": lambda: gemm(select())}
 
 
 def _random(*shape: int) -> Tensor:

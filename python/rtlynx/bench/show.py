@@ -24,6 +24,8 @@ COLUMNS = (
     Column("layer_ms", "layer ms", "{:.3f}"),
     Column("speedup", "speedup", "{:.2f}"),
     Column("fused_ms", "fused ms", "{:.3f}"),
+    Column("layer_e4m3_ms", "fp8 layer ms", "{:.3f}"),
+    Column("speedup_e4m3", "speedup", "{:.2f}"),
 )
 
 

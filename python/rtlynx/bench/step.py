@@ -21,6 +21,7 @@ from rtlynx.bench.models import BenchModel
 from rtlynx.bench.peers import Unavailable
 from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.eligibility import candidates
+from rtlynx.fp8 import missing_kernels
 
 logger = logging.getLogger("rtlynx")
 
@@ -68,6 +69,15 @@ def _compensated(module: nn.Module, rank: int) -> None:
     random_compensation(module, rank)
 
 
+def _sparse_fp8(module: nn.Module, rank: int) -> None:
+    """Compensated, with the operands of the sparse products in e4m3."""
+    reason = missing_kernels(next(module.parameters()).device)
+    if reason is not None:
+        raise Unavailable(reason)
+    rtlynx.apply(module, SparsityConfig(rank=rank, precision="fp8"))
+    random_compensation(module, rank)
+
+
 def _fp8(module: nn.Module, rank: int) -> None:
     """torchao's dynamic fp8, a scale per row, on the layers that would be sparse."""
     try:
@@ -102,12 +112,13 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
     "dense": _dense,
     "naive": _naive,
     "compensated": _compensated,
+    "sparse fp8": _sparse_fp8,
     "fp8": _fp8,
     "fp8-storage": _fp8_storage,
     "first-block-cache": _first_block_cache,
 }
 """Name → what makes a model of random weights one of this mode, given the rank."""
-USUAL_MODES = ("dense", "naive", "compensated", "fp8")
+USUAL_MODES = ("dense", "naive", "compensated", "sparse fp8", "fp8")
 _EAGER_ONLY = ("fp8-storage", "first-block-cache")  # hooks around the layers or blocks: no whole graph
 
 
@@ -182,7 +193,7 @@ def measure_step(
                 model=model.name,
                 height=size[0],
                 width=size[1],
-                mode=f"rank {rank}" if mode == "compensated" else f"rank {rank}, {mode}" if mode in _EAGER_ONLY else mode,
+                mode=_label(mode, rank),
                 compiled=use_compiler,
                 step_ms=step_ms,
                 gemm_ms=kinds["gemm"],
@@ -194,6 +205,13 @@ def measure_step(
             )
         )
     return rows, notes
+
+
+def _label(mode: str, rank: int) -> str:
+    """What a row is called: a mode with a branch by the rank, and by what else it is."""
+    if mode == "compensated":
+        return f"rank {rank}"
+    return f"rank {rank}, {mode}" if mode in ("sparse fp8", *_EAGER_ONLY) else mode
 
 
 def _call(module: Any, inputs: Mapping[str, Any]) -> Callable[[], torch.Tensor]:

@@ -15,19 +15,20 @@ def model(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw the weights: nothing is downloaded.")] = False,
     height: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,
     width: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,
-    rank: Annotated[int, typer.Option(min=16, max=128, help="Rank of the branch in the compensated mode.")] = 64,
+    rank: Annotated[int, typer.Option(min=16, max=128, help="Rank of the branch in the compensated modes.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed steps of every mode.")] = 10,
     eager: Annotated[bool, typer.Option(help="Time the modes without torch.compile.")] = True,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time the modes with compiled blocks.")] = True,
     modes: Annotated[
-        list[str] | None, typer.Option("--mode", help="naive, compensated, fp8 (these by default); fp8-storage, first-block-cache.")
+        list[str] | None,
+        typer.Option("--mode", help="naive, compensated, 'sparse fp8', fp8 (these by default); fp8-storage, first-block-cache."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the CSV file and its picture, e.g. benches/results.", file_okay=False)
     ] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
 ) -> None:
-    """Time one denoising step: dense, sparse with and without compensation, and torchao's fp8 where it is installed."""
+    """Time one denoising step: dense, sparse with and without compensation and in fp8, and torchao's fp8 where it is installed."""
     from dataclasses import asdict
 
     import torch

@@ -137,7 +137,7 @@ class RTLynxQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         apply(model, self.quantization_config.sparsity)
         for name, layer in sparse_layers(model).items():
-            layer.set_score(None)  # there is no weight yet to compute it from, and nothing in the checkpoint to fill it with
+            layer.discard_prepared()  # there is no weight yet to make it from, and nothing in the checkpoint to fill it with
             for tensor, shape in _shapes(layer, self.quantization_config.sparsity.rank).items():
                 if f"{name}.{tensor}" in self._checkpoint_keys:
                     _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.weight.dtype), device="meta"))
@@ -173,14 +173,16 @@ class RTLynxQuantizer(DiffusersQuantizer):
         layers = sparse_layers(model)
         for name, layer in layers.items():
             _check_compensation(name, layer)
-        if any(unsupported(layer) for layer in layers.values()):  # only now are device and dtype what they will be
+        if any(unsupported(layer, sparsity.precision) for layer in layers.values()):  # only now are device and dtype what they will be
             apply(model, sparsity)
         for name, layer in sparse_layers(model).items():
-            if layer.selection == "weight" and layer.weight.is_meta:
+            prepared = {'selection="weight"': layer.selection == "weight", 'precision="fp8"': layer.precision == "fp8"}
+            if layer.weight.is_meta and any(prepared.values()):
+                what = " and ".join(setting for setting, used in prepared.items() if used)
                 got = f"one that offloads {name}"
-                raise InvalidArgumentError("RTLynxConfig", "device_map", got, 'whole layers on a device, for selection="weight"')
+                raise InvalidArgumentError("RTLynxConfig", "device_map", got, f"whole layers on a device, for {what}")
             layer.derived = Derived.of(layer)
-            layer.update_score()
+            layer.update_prepared()
         model.register_to_config(quantization_config=AppliedConfig(model, sparsity))
         model.is_quantized = False  # its weights are plain: casts and fused projections, which this would refuse, work
         return model

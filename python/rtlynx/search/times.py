@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rtlynx.bench.layer import LayerTimes
 from rtlynx.bench.results import read_csv
 from rtlynx.bench.timing import time_interleaved
-from rtlynx.config import SparsityConfig
+from rtlynx.config import Precision, SparsityConfig
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.linear import SparseLinear
 from rtlynx.search.options import Option, Unit
@@ -36,14 +36,14 @@ def option_times(
         table: ``layer.csv`` of ``rtlynx bench gemm``, to use instead of this machine, or `WORK`.
 
     Raises:
-        InvalidArgumentError: There is neither a GPU nor a table.
+        InvalidArgumentError: There is neither a GPU nor a table, or the table lacks the times of the configuration's precision.
     """
     if table == WORK:
         found = [[_work(unit, option, m) for option in options] for unit, m in zip(units, rows, strict=True)]
         return torch.tensor(found, dtype=torch.float64), "counted as work, in TFLOP"
     if table is not None:
         header, measured = read_csv(Path(table))
-        estimate = _Table(measured)
+        estimate = _Table(measured, config.precision)
         times = [[estimate.unit_ms(unit, option, m) for option in options] for unit, m in zip(units, rows, strict=True)]
         return torch.tensor(times, dtype=torch.float64), f"estimated from {header.get('gpu', 'another machine')}'s table"
     device = next(iter(units[0].layers.values())).weight.device
@@ -104,8 +104,15 @@ def _call(unit: Unit, option: Option, x: Tensor, config: SparsityConfig) -> Call
 class _Table:
     """Times of layers that were measured, carried over to others by the work they do."""
 
-    def __init__(self, rows: Sequence[LayerTimes]) -> None:
+    def __init__(self, rows: Sequence[LayerTimes], precision: Precision) -> None:
         self.rows = rows
+        self._suffix = "_e4m3_ms" if precision == "fp8" else "_ms"
+        if any(math.isnan(self._sparse_ms(row, part)) for row in rows for part in ("gemm", "select")):
+            got, expected = f"a table without gemm{self._suffix}", f'one of a GPU that runs precision="{precision}"'
+            raise InvalidArgumentError("search", "times", got, expected)
+
+    def _sparse_ms(self, row: LayerTimes, part: str) -> float:
+        return getattr(row, part + self._suffix)  # type: ignore[no-any-return]
 
     def unit_ms(self, unit: Unit, option: Option, m: int) -> float:
         """A unit's layers one after the other; those that are sparse select once."""
@@ -124,9 +131,9 @@ class _Table:
     def _gemm_ms(self, m: int, n: int, k: int, rank: int) -> float:
         """Sparse tensor cores do a product of K at the pace of K/2; the branch adds its rank."""
         row = self._nearest(m, n, k)
-        return row.gemm_ms * (m * n * (k / 2 + rank)) / (row.m * row.n * (row.k / 2 + row.rank))
+        return self._sparse_ms(row, "gemm") * (m * n * (k / 2 + rank)) / (row.m * row.n * (row.k / 2 + row.rank))
 
     def _select_ms(self, m: int, n: int, k: int) -> float:
         """Moving X bounds selection, whatever the rank."""
         row = self._nearest(m, n, k)
-        return row.select_ms * (m * k) / (row.m * row.k)
+        return self._sparse_ms(row, "select") * (m * k) / (row.m * row.k)
