@@ -475,7 +475,6 @@ def _sparse_linear_cuda(
         values=_pointer(op, "values", values),
         metadata=_pointer(op, "metadata", metadata),
         weight=_pointer(op, "weight", weight),
-        weight_scale=0,
         row_scale=_pointer(op, "row_scale", row_scale),
         branch=_pointer(op, "branch", branch),
         comp_up=_pointer(op, "comp_up", comp_up),

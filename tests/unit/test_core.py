@@ -16,12 +16,12 @@ H200 = ((9, 0), 132)
 TENSOR = 1 << 20  # an aligned address that no test here ever dereferences
 
 SPARSIFY: dict[str, Any] = dict(
-    device_index=0, stream=0, dtype="bfloat16", m=64, k=128, ldx=128, rank=16, branch_of_dropped=True, eps=1e-8,
+    device_index=0, stream=0, dtype="bfloat16", m=64, k=128, ldx=128, rank=16, branch_of_dropped=True, eps=1e-8, values_scale=1.0,
     x=TENSOR, score=0, shift=0, comp_down=TENSOR, values=TENSOR, metadata=TENSOR, row_scale=TENSOR, branch=TENSOR,
 )  # fmt: skip
 SPARSE_LINEAR: dict[str, Any] = dict(
     device_index=0, stream=0, dtype="bfloat16", m=64, n=64, k=128, rank=16,
-    values=TENSOR, metadata=TENSOR, weight=TENSOR, row_scale=TENSOR, branch=TENSOR, comp_up=TENSOR, bias=TENSOR, out=TENSOR,
+    values=TENSOR, metadata=TENSOR, weight=TENSOR, weight_scale=0, row_scale=TENSOR, branch=TENSOR, comp_up=TENSOR, bias=TENSOR, out=TENSOR,
 )  # fmt: skip
 
 FUSED_LINEAR: dict[str, Any] = dict(
@@ -103,7 +103,7 @@ def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
 @pytest.mark.parametrize(
     "argument, got",
     [
-        *[("k", 96), ("ldx", 64), ("ldx", 130), ("rank", 17), ("eps", -1.0), ("dtype", "int8"), ("x", 0), ("x", TENSOR + 8)],
+        *[("k", 96), ("ldx", 64), ("ldx", 130), ("rank", 17), ("eps", -1.0), ("dtype", "int8"), ("x", 0), ("x", TENSOR + 8), ("values_scale", 0.5)],
         *[("score", TENSOR + 4), ("comp_down", 0), ("branch", 0), ("values", 0), ("metadata", 0)],
     ],
 )

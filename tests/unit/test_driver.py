@@ -26,11 +26,11 @@ from rtlynx.errors import RTLynxError
 A = 1 << 20
 
 def sparsify(m=100, rank=96, device=1, k=128):
-    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, A, 0, 0, A if rank else 0, A, A, A, A if rank else 0, True, 1e-8)
+    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, A, 0, 0, A if rank else 0, A, A, A, A if rank else 0, True, 1e-8, 1.0)
 
 def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
     branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
-    _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, A, branch, comp_up, 0, A)
+    _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, 0, A, branch, comp_up, 0, A)
 
 def fused_linear(m=100, n=264, k=128, rank=0):
     branch = A if rank else 0
