@@ -29,7 +29,7 @@ _CONFIG = "rtlynx_config"
 
 
 def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | None = None) -> T:
-    """Replace the linear layers that ``config`` names by `SparseLinear`, in place. No weight is copied or changed.
+    """Replace the linear layers that ``config`` names by `SparseLinear`, in place. No weight is changed, and only fp8 makes copies.
 
     A layer that cannot be sparse stays dense; the reason is logged (logger ``"rtlynx"``) and `rtlynx.summary` shows it. Applying again
     applies the new configuration instead; a compensation is kept where it is still right and dropped, with a log record, where it is not.

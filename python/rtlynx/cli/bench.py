@@ -70,11 +70,19 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Operands(str, Enum):
+    """Values of `SparsityConfig.precision`."""
+
+    model = "model"
+    fp8 = "fp8"
+
+
 @app.command("tune")
 def tune(
     shapes: Annotated[list[ShapeSet], typer.Option(help="Which layers, as for `gemm`. Can be given again.")] = [ShapeSet.dit],  # noqa: B006
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
     dtype: Annotated[Dtype, typer.Option(help="Element type.")] = Dtype.bfloat16,
+    precision: Annotated[Operands, typer.Option(help="Of the sparse product's operands: the element type, or fp8.")] = Operands.model,
     again: Annotated[bool, typer.Option("--again", help="Measure anew what was measured before.")] = False,
     repeats: Repeats = 30,
 ) -> None:
@@ -89,7 +97,7 @@ def tune(
     from rtlynx.bench.show import tuned_table
 
     problems = [(m, n, k, rank) for shape_set in shapes for m, n, k in SHAPES[shape_set.value]]
-    tuned = autotune(problems, dtype=getattr(torch, dtype.value), again=again, repeats=repeats)
+    tuned = autotune(problems, dtype=getattr(torch, dtype.value), precision=precision.value, again=again, repeats=repeats)
     Console(highlight=False).print(tuned_table(tuned))
 
 
