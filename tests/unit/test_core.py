@@ -103,7 +103,17 @@ def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
 @pytest.mark.parametrize(
     "argument, got",
     [
-        *[("k", 96), ("ldx", 64), ("ldx", 130), ("rank", 17), ("eps", -1.0), ("dtype", "int8"), ("x", 0), ("x", TENSOR + 8), ("values_scale", 0.5)],
+        *[
+            ("k", 96),
+            ("ldx", 64),
+            ("ldx", 130),
+            ("rank", 17),
+            ("eps", -1.0),
+            ("dtype", "int8"),
+            ("x", 0),
+            ("x", TENSOR + 8),
+            ("values_scale", 0.5),
+        ],
         *[("score", TENSOR + 4), ("comp_down", 0), ("branch", 0), ("values", 0), ("metadata", 0)],
     ],
 )

@@ -89,8 +89,9 @@ fn compile(nvcc: &Nvcc, source: &Path, include: &Path, out: &Path, strict: bool)
         return Err(format!("nvcc failed on {} ({}):\n{}{hint}", source.display(), output.status, without_resource_usage(&log)));
     }
     if strict {
-        refuse_spills(&log)
-            .map_err(|usage| format!("{}: spills registers, uses the stack or serialises wgmma, refused by RTLYNX_STRICT=1:\n{usage}", source.display()))?;
+        refuse_spills(&log).map_err(|usage| {
+            format!("{}: spills registers, uses the stack or serialises wgmma, refused by RTLYNX_STRICT=1:\n{usage}", source.display())
+        })?;
     }
     let targets = targets.iter().map(|(name, _)| *name).collect();
     Ok(Fatbin { stem, path, targets, kernels: entry_functions(&log) })
