@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from rtlynx import _core
 from rtlynx.bench import peers
+from rtlynx.bench.energy import Energy
 from rtlynx.bench.layer import LayerTimes
 from rtlynx.bench.peers import Operands, Unavailable, prepare
 from rtlynx.bench.plot import plots
@@ -168,8 +169,19 @@ def test_the_probe_names_a_missing_driver() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
-@pytest.mark.parametrize("command", ["gemm", "peak", "tune"])
+@pytest.mark.parametrize("command", ["gemm", "peak", "tune", "energy"])
 def test_without_a_gpu_the_command_says_so(command: str) -> None:
     result = CliRunner().invoke(app, ["bench", command])
     assert result.exit_code == 2
     assert "no GPU" in result.output
+
+
+def test_energy_rows_are_written_with_their_columns(tmp_path: Path) -> None:
+    row = Energy(4608, 12288, 3072, 64, "select", 0.025, math.nan, 512.5, 1980, 12.8125)
+    write_csv(tmp_path / "energy.csv", ["gpu: none"], [row], Energy)
+    lines = (tmp_path / "energy.csv").read_text().splitlines()
+    assert lines == [
+        "# gpu: none",
+        "m,n,k,rank,what,ms,tflops,watts,mhz,millijoules",
+        "4608,12288,3072,64,select,0.025,nan,512.5,1980,12.812",
+    ]

@@ -153,7 +153,7 @@ fn tiles(tile: &Tile, problem: &SparseLinearProblem) -> i64 {
 fn estimated_ns(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 {
     let steps = ceil_div(problem.k, Tile::bk(problem.dtype));
     // Sizes that are valid one by one may be beyond all time together.
-    ceil_div(tiles(tile, problem), arch.sms.max(1)).saturating_mul(steps * tile.step_ns + tile.tile_ns)
+    ceil_div(tiles(tile, problem), arch.sms.max(1)).saturating_mul(steps * tile.step_ns(problem.dtype) + tile.tile_ns)
 }
 
 #[cfg(test)]
@@ -260,7 +260,7 @@ mod tests {
         assert_eq!(ns(0, linear(256, 192, 3072)), 48 * 640 + 5200);
         assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 640 + 5200);
         assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 640 + 5200));
-        assert_eq!(ns(0, e4m3(linear(256, 192, 3136))), 25 * 640 + 5200);
+        assert_eq!(ns(0, e4m3(linear(256, 192, 3136))), 25 * 658 + 5200);
         assert_eq!(ns(5, linear(65, 64, 64)), 260 + 500);
         assert_eq!(ns(3, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
     }

@@ -66,8 +66,11 @@ class LayerTimes:
     speedup_e4m3: float = math.nan
 
 
-def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: bool = True) -> tuple[LayerTimes, dict[str, str]]:
-    """Time one layer on random bfloat16 data on the current device; also the peers that do not run it, each with why."""
+def layer_calls(m: int, n: int, k: int, rank: int, peers: bool = True) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """One layer on random bfloat16 data on the current device.
+
+    Returns the calls that layer.csv has times of, by column without ``_ms``, and the peers that do not run the layer, each with why.
+    """
     torch.manual_seed(m * n + k)
     x, weight, bias = _random(m, k), _random(n, k) / math.sqrt(k), _random(n)
     down, up = (_random(k, rank) / math.sqrt(k), _random(n, rank)) if rank else (None, None)
@@ -80,7 +83,7 @@ def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: b
     target = torch.empty_like(moved)
     others, missing = prepare(Operands(x, weight, bias, down, up, sparse)) if peers else ({}, {})
     in_fp8 = {} if missing_kernels(x.device) else _in_fp8(x, weight, bias, down, up)
-    functions: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         "dense": lambda: F.linear(x, weight, bias),
         "gemm": gemm,
         "select": lambda: ops.sparsify(x, comp_down=down),
@@ -89,7 +92,13 @@ def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: b
         **others,
         **in_fp8,
     }
-    ms = time_interleaved(functions, repeats)
+    return calls, missing
+
+
+def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: bool = True) -> tuple[LayerTimes, dict[str, str]]:
+    """Time one layer on random bfloat16 data on the current device; also the peers that do not run it, each with why."""
+    calls, missing = layer_calls(m, n, k, rank, peers)
+    ms = time_interleaved(calls, repeats)
     times = LayerTimes(
         m=m,
         n=n,

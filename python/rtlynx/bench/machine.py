@@ -16,8 +16,15 @@ def gpu_slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
-def describe(command: str, commit: str | None = None) -> list[str]:
-    """Header lines of a result file. `commit` overrides what git says, for a copy of the sources without its history."""
+BURSTS = "medians of CUDA-event times in ms, cold L2, random data, candidates interleaved"
+"""How `rtlynx.bench.timing` measures."""
+
+
+def describe(command: str, commit: str | None = None, method: str = BURSTS) -> list[str]:
+    """Header lines of a result file: what was run where, and how it was measured.
+
+    `commit` overrides what git says, for a copy of the sources without its history.
+    """
     code = _core.device_code()
     smi = _output(
         "nvidia-smi",
@@ -31,7 +38,7 @@ def describe(command: str, commit: str | None = None) -> list[str]:
         f"driver, SM clock now, at most, power limit: {smi or 'unknown'}",
         f"torch: {torch.__version__}, nvcc of the kernels: {code['nvcc']}",
         f"rtlynx: {__version__}, commit {commit or _commit()}",
-        "medians of CUDA-event times in ms, cold L2, random data, candidates interleaved",
+        method,
     ]
 
 

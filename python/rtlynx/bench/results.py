@@ -9,15 +9,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from rtlynx.bench.energy import Energy
 from rtlynx.bench.layer import LayerTimes
 from rtlynx.io import atomic_path
 
 
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[LayerTimes]) -> None:
-    """Write rows under ``#`` header lines, whole or not at all."""
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[LayerTimes | Energy], kind: type[LayerTimes | Energy] = LayerTimes) -> None:
+    """Write rows of one kind under ``#`` header lines, whole or not at all."""
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in header)
-    writer = csv.DictWriter(text, [field.name for field in fields(LayerTimes)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()})

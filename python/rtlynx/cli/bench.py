@@ -112,6 +112,40 @@ def peak(repeats: Repeats = 30) -> None:
     Console(highlight=False).print("\n".join(measure_limits(repeats).header()))
 
 
+@app.command("energy")
+def energy(
+    shapes: Annotated[list[ShapeSet], typer.Option(help="Which layers, as for `gemm`. Can be given again.")] = [ShapeSet.dit],  # noqa: B006
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each product runs after it has settled.")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+) -> None:
+    """Run each product of a layer without a pause: its time, the board's power and clock, and the energy of a call. Needs nvidia-ml-py."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.energy import Energy, measure_energy
+    from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.results import write_csv
+    from rtlynx.bench.shapes import SHAPES
+    from rtlynx.report.table import Column, terminal_table
+
+    layers = [layer for shape_set in shapes for layer in SHAPES[shape_set.value]]
+    rows = [row for m, n, k in layers for row in measure_energy(m, n, k, rank, seconds)]
+    columns = [Column(key, key) for key in ("m", "n", "k", "what")]
+    columns += [Column(key, key, form) for key, form in (("ms", "{:.4f}"), ("tflops", "{:.0f}"), ("watts", "{:.0f}"), ("mhz", "{:.0f}"))]
+    console = Console(highlight=False)
+    console.print(terminal_table([*columns, Column("millijoules", "mJ", "{:.1f}")], [asdict(row) for row in rows]))
+    if out is None:
+        return
+    path = out / gpu_slug() / "energy.csv"
+    command = f"rtlynx bench energy {' '.join(f'--shapes {s.value}' for s in shapes)} --rank {rank} --seconds {seconds:g}"
+    write_csv(path, describe(command, commit, "each call alone, repeated without a pause; medians of power and clock"), rows, Energy)
+    console.print(f"wrote {path}")
+
+
 @app.command("host")
 def host(rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64, repeats: Repeats = 30) -> None:
     """Measure what an eager call of a layer costs the host."""

@@ -72,8 +72,8 @@ def model(
         return
     path = out / gpu_slug() / "model.csv"
     command = f"rtlynx bench model --model {name} --random-weights --height {size[0]} --width {size[1]} --rank {rank} --repeats {repeats}"
-    machine = [line for line in describe(command, commit) if not line.startswith("medians")]
-    write_steps(path, [*machine, "medians of whole steps, modes in turns, random weights and inputs", *notes], rows)
+    machine = describe(command, commit, "medians of whole steps, modes in turns, random weights and inputs")
+    write_steps(path, [*machine, *notes], rows)
     console.print(f"wrote {path}")
     try:
         console.print(f"wrote {save_picture(path)}")
