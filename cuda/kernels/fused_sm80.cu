@@ -37,7 +37,7 @@ template <class T_, int kBM_, int kBN_, int kStages_>
 struct Tile {
   using T = T_;
   static constexpr int kBM = kBM_, kBN = kBN_, kStages = kStages_;
-  static constexpr int kWarpsN = 1;
+  static constexpr int kThreads = kTileThreads, kWarpsN = 1;
   static constexpr int kWarpM = kBM / 4, kWarpN = kBN;
   static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
   static constexpr int kXBytes = kBM * kBK * 2;
@@ -216,7 +216,8 @@ __device__ __forceinline__ void fused(const FusedParams& p) {
       while (ptx::load_acquire(done) < branch_columns) __nanosleep(100);
     }
     __syncthreads();
-    add_branch<Config>({p.branch, p.comp_up, p.m, p.n, p.rank}, origin, ring, acc);
+    load_branch<Config>({p.branch, p.comp_up, p.m, p.n, p.rank}, origin, ring);
+    add_branch<Config>(p.rank, ring, acc);
     __syncthreads();  // the branch tiles are read; the output tile takes their place
   }
   store_tile<Config>({p.out, p.bias, p.m, p.n}, origin, shared, acc);

@@ -199,9 +199,11 @@ mod tests {
     fn large_problems_take_large_tiles_and_small_ones_small_tiles() {
         let problems = [linear(4608, 12288, 3072), linear(4096, 3072, 3072), linear(64, 64, 3072), linear(128, 3072, 3072)];
         let names = |capability| problems.map(|problem| name(capability, problem));
-        let (wgmma, large, small) = ("spmm_sm90_bf16_256x192x64_s5", "spmm_sm80_bf16_128x128x64_s4", "spmm_sm80_bf16_64x64x64_s4");
+        let (wgmma, small) = ("spmm_sm90_bf16_256x192x64_s5", "spmm_sm80_bf16_64x64x64_s4");
+        let (large, fitting) = ("spmm_sm80_bf16_256x128x64_s4", "spmm_sm80_bf16_128x128x64_s4");
         assert_eq!(names((9, 0)), [wgmma, wgmma, small, small]);
         assert_eq!(names((8, 0)), [large, large, small, small]);
+        assert_eq!(names((8, 9)), [fitting, fitting, small, small]);
     }
 
     #[test]
@@ -239,10 +241,10 @@ mod tests {
 
     #[test]
     fn tiles_too_small_to_be_numbered_are_no_candidates() {
-        // 2^31 + 2^16 tiles of 64 x 64, half and a quarter as many of the larger ones.
+        // 2^31 + 2^16 tiles of 64 x 64, half as many or fewer of the larger ones.
         let problem = linear((1 << 22) + 128, 1 << 21, 64);
         let tiles: Vec<_> = candidates(&ampere(), &problem).unwrap().map(|(kernel, _)| kernel.tile).collect();
-        assert_eq!(tiles, TILES[3..5]);
+        assert_eq!(tiles, TILES[3..6]);
     }
 
     #[test]
@@ -261,7 +263,7 @@ mod tests {
         assert_eq!(ns(0, linear(256, 192 * 132, 3072)), 48 * 640 + 5200);
         assert_eq!(ns(0, linear(256, 192 * 133, 3072)), 2 * (48 * 640 + 5200));
         assert_eq!(ns(0, e4m3(linear(256, 192, 3136))), 25 * 658 + 5200);
-        assert_eq!(ns(5, linear(65, 64, 64)), 260 + 500);
+        assert_eq!(ns(6, linear(65, 64, 64)), 260 + 500);
         assert_eq!(ns(3, linear((1 << 31) - 512, (1 << 31) - 512, (1 << 31) - 512)), i64::MAX);
     }
 
@@ -293,8 +295,8 @@ mod tests {
             assert!(kernel.tile.shared_bytes() <= shared_bytes, "{kernel}");
         }
         let fitting = |capability| TILES.map(|tile| Arch::from_capability(capability, 100).runs(&tile));
-        assert_eq!(fitting((8, 9)), [false, false, false, true, true, true]);
-        assert_eq!(fitting((9, 0)), [true; 6]);
+        assert_eq!(fitting((8, 9)), [false, false, false, false, true, true, true]);
+        assert_eq!(fitting((9, 0)), [true; 7]);
     }
 
     #[test]

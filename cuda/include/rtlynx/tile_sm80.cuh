@@ -1,7 +1,7 @@
-// What the GEMMs on mma.sync share: how a block of 4 warps divides its tile of Y, the branch and the store.
+// What the GEMMs on mma.sync share: how a block divides its tile of Y, the branch and the store.
 //
 // A tile is described by a struct `Config`: T, kBM x kBN outputs, of which each warp computes kWarpM x kWarpN (kTilesM x kTilesN products
-// of 16 x 8), the warps standing kWarpsN side by side.
+// of 16 x 8), the warps standing kWarpsN side by side; kThreads in all.
 #pragma once
 
 #include "rtlynx/element.cuh"
@@ -12,10 +12,10 @@
 
 namespace rtlynx {
 
-constexpr int kTileThreads = 128;
-constexpr int kBK = kWordCols;  // dense columns of a stage: one metadata word
-constexpr int kChunk = 8;       // elements of a 16-byte chunk
-constexpr int kGroupM = 8;      // tile rows that share their columns of W in L2 before the next columns come
+constexpr int kTileThreads = 128;  // of a fused block, and of most others
+constexpr int kBK = kWordCols;     // dense columns of a stage: one metadata word
+constexpr int kChunk = 8;          // elements of a 16-byte chunk
+constexpr int kGroupM = 8;         // tile rows that share their columns of W in L2 before the next columns come
 
 template <class Config>
 using Accumulators = float[Config::kTilesM][Config::kTilesN][4];
@@ -61,22 +61,21 @@ __device__ __forceinline__ void load_rows(const void* matrix, int rows, int stri
   }
 }
 
-// The factors of the branch: acc += input · up^T.
+// The factors of the branch.
 struct Branch {
   const void* input;  // [m, rank]
   const void* up;     // [n, rank]
   int m, n, rank;     // rank: a multiple of 16, at most 128
 };
 
-// Both tiles are staged in shared memory, their rows padded by one chunk against bank conflicts.
-template <class Config>
-__device__ __forceinline__ void add_branch(const Branch& branch, TileOrigin origin, uint32_t shared, Accumulators<Config>& acc) {
-  const int lane = threadIdx.x % 32;
-  const WarpOrigin warp = warp_origin<Config>();
-  const int chunks = branch.rank / kChunk, row_bytes = branch.rank * 2 + 16;
-  const uint32_t shared_up = shared + Config::kBM * row_bytes;
+// Bytes of a row of both tiles in shared memory: padded by one chunk against bank conflicts.
+__device__ __forceinline__ int branch_row_bytes(int rank) { return rank * 2 + 16; }
 
-  for (int i = threadIdx.x; i < (Config::kBM + Config::kBN) * chunks; i += kTileThreads) {
+// Requests the tile's rows of both factors.
+template <class Config>
+__device__ __forceinline__ void load_branch(const Branch& branch, TileOrigin origin, uint32_t shared) {
+  const int chunks = branch.rank / kChunk, row_bytes = branch_row_bytes(branch.rank);
+  for (int i = threadIdx.x; i < (Config::kBM + Config::kBN) * chunks; i += Config::kThreads) {
     const int row = i / chunks, chunk = i % chunks;
     const bool of_input = row < Config::kBM;
     const int source_row = of_input ? origin.m + row : origin.n + row - Config::kBM;
@@ -86,10 +85,17 @@ __device__ __forceinline__ void add_branch(const Branch& branch, TileOrigin orig
                      valid);
   }
   ptx::cp_async_commit();
+}
+
+// Waits for them; acc += input · up^T.
+template <class Config>
+__device__ __forceinline__ void add_branch(int rank, uint32_t shared, Accumulators<Config>& acc) {
+  const int lane = threadIdx.x % 32, row_bytes = branch_row_bytes(rank);
+  const WarpOrigin warp = warp_origin<Config>();
+  const uint32_t shared_up = shared + Config::kBM * row_bytes;
   ptx::cp_async_wait<0>();
   __syncthreads();
-
-  for (int k0 = 0; k0 < branch.rank; k0 += 16) {
+  for (int k0 = 0; k0 < rank; k0 += 16) {
     uint32_t a[Config::kTilesM][4];
 #pragma unroll
     for (int i = 0; i < Config::kTilesM; ++i) {
@@ -152,7 +158,7 @@ __device__ __forceinline__ void store_tile(const Output& out, TileOrigin origin,
   }
   __syncthreads();
   constexpr int kRowChunks = Config::kBN / kChunk;
-  for (int i = threadIdx.x; i < Config::kBM * kRowChunks; i += kTileThreads) {
+  for (int i = threadIdx.x; i < Config::kBM * kRowChunks; i += Config::kThreads) {
     const int row = i / kRowChunks, chunk = i % kRowChunks;
     if (origin.m + row < out.m && origin.n + chunk * kChunk < out.n) {
       auto* target = static_cast<uint16_t*>(out.data) + static_cast<int64_t>(origin.m + row) * out.n + origin.n + chunk * kChunk;

@@ -12,7 +12,16 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 
-// The same for 4 bytes, through L1.
+// The same, or nothing at all.
+__device__ __forceinline__ void cp_async_16_if(uint32_t shared, const void* global, bool wanted) {
+  asm volatile(
+      "{.reg .pred wanted; setp.ne.b32 wanted, %2, 0;\n"
+      "@wanted cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(wanted))
+      : "memory");
+}
+
+// cp_async_16 for 4 bytes, through L1.
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0) : "memory");
 }
