@@ -14,12 +14,14 @@ import torch
 from tqdm.auto import tqdm
 
 from rtlynx.apply import applied_modules, remember_config
+from rtlynx.bias_groups import install_bias_groups
 from rtlynx.calibrate.collect import Budget, all_dense, available_memory, collect
 from rtlynx.calibrate.fit import TOKENS_PER_CHANNEL, Fit, Tensors, fit_input
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
 from rtlynx.calibrate.workfolder import WorkFolder
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
+from rtlynx.dense_steps import check_time
 from rtlynx.eligibility import all_sparse_layers
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fingerprint import fingerprint
@@ -40,7 +42,7 @@ def calibrate(
     method: str | None = None,
     rank: int | None = None,
     selection: Sequence[str] = (),
-    bias: bool = False,
+    bias: bool | int = False,
     share: bool = True,
     output: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -65,7 +67,8 @@ def calibrate(
             layer's input, as RT-Lynx does. Default: what suits the applied configuration's branch; another one changes that configuration.
         rank: Rank of every branch; default: the applied configuration's `rank` and `ranks`. Layers with fewer channels get what fits.
         selection: Options of the selection to fit too: ``"shift"``, ``"permutation"``, both or none.
-        bias: Whether a bias restores the mean of what is still missing.
+        bias: Whether a bias restores the mean of what is still missing. A number of groups splits the way from noise to picture into so
+            many parts of equal length in noise level, each with a bias of its own: 4 gives every quarter one. True is 1.
         share: Whether layers that select from one input together (q, k and v) get one branch, so that they still can.
         output: Where to save the result. Layers that are solved are kept beside it, so that the same call goes on after an interruption.
         seed: Of the pipeline's noise and of the sampling of tokens.
@@ -89,6 +92,9 @@ def calibrate(
     runs = pipeline_runs("calibrate", pipe_or_module, prompts, run, seed, batch_size, pipe_kwargs)
     if not layers:
         raise InvalidArgumentError("calibrate", "pipe_or_module", "a model whose layers all stayed dense", "a sparse layer")
+    if fit.bias > 1:
+        for root in modules.values():
+            check_time(root, f"{bias} groups of timesteps", "calibrate", "bias")
     if not tokens_per_channel > 0:
         raise InvalidArgumentError("calibrate", "tokens_per_channel", tokens_per_channel, "a positive number")
     # Offloaded weights are on the CPU now, but the model runs, and its layers are solved, where the pipeline says.
@@ -113,7 +119,7 @@ def calibrate(
         all_dense(layers),
         tqdm(total=len(runs), desc="calibrate: dense runs", unit="run", disable=not progress) as run_bar,
         tqdm(total=len(layers), initial=len(solved), desc="calibrate: solving", unit="layer", disable=not progress) as fit_bar,
-        closing(collect(waiting, runs, budget, seed=seed, bar=run_bar)) as found,
+        closing(collect(waiting, runs, budget, seed=seed, bar=run_bar, timed=modules.values() if fit.bias > 1 else ())) as found,
     ):
         for input in found:
             if len(input.samples) < TOKENS_PER_CHANNEL * input.samples.x.shape[1]:
@@ -130,6 +136,7 @@ def calibrate(
         layer.set_compensation(**solved.get(name, {}))
     for root in modules.values():
         remember_config(root, config)
+        install_bias_groups(root)
     compensation = replace(Compensation.from_model(pipe_or_module), made_with=made_with)
     if output is not None and folder is not None:
         compensation.save(output)
@@ -138,7 +145,7 @@ def calibrate(
 
 
 def _settings(
-    config: SparsityConfig, method: str | None, rank: int | None, selection: tuple[str, ...], bias: bool, share: bool, seed: int
+    config: SparsityConfig, method: str | None, rank: int | None, selection: tuple[str, ...], bias: bool | int, share: bool, seed: int
 ) -> tuple[SparsityConfig, Fit]:
     """The applied configuration with the branch and rank asked for, and what to fit."""
     ranks = config.ranks if rank is None else ()

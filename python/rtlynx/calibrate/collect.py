@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rtlynx.calibrate.samples import Reservoir, Samples, capacity_within, seed_of
+from rtlynx.dense_steps import noise_level
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.linear import SparseLinear
 
@@ -60,7 +62,13 @@ class Budget:
 
 
 def collect(
-    layers: Mapping[str, SparseLinear], runs: Sequence[Callable[[], object]], budget: Budget, *, seed: int, bar: tqdm[Any]
+    layers: Mapping[str, SparseLinear],
+    runs: Sequence[Callable[[], object]],
+    budget: Budget,
+    *,
+    seed: int,
+    bar: tqdm[Any],
+    timed: Iterable[nn.Module] = (),
 ) -> Generator[LayerInput, None, None]:
     """Inputs of ``layers`` with samples of their tokens, in as many passes over ``runs`` as the memory asks for.
 
@@ -73,6 +81,8 @@ def collect(
         budget: How much to keep.
         seed: Decides which tokens are kept.
         bar: Progress bar; its total grows when another pass turns out to be needed.
+        timed: The models that the layers are in, for the samples to know the noise level of the step they were taken in; reading it waits
+            for the device once per step.
 
     Raises:
         InvalidArgumentError: An input was not finite, or a layer's input was shared differently in another pass.
@@ -81,7 +91,7 @@ def collect(
     while waiting:
         bar.total = bar.n + len(runs)
         bar.refresh()
-        watched = _Pass(waiting, budget, seed)
+        watched = _Pass(waiting, budget, seed, timed)
         with watched:
             for run in runs:
                 watched.begin_run()
@@ -114,8 +124,9 @@ class _Watched:
 class _Pass:
     """Hooks on the layers while the model runs over all inputs once."""
 
-    def __init__(self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int) -> None:
-        self.layers, self.budget, self.seed = layers, budget, seed
+    def __init__(self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int, timed: Iterable[nn.Module]) -> None:
+        self.layers, self.budget, self.seed, self.timed = layers, budget, seed, timed
+        self._level = math.nan
         self.inputs: list[_Watched] = []
         self.postponed: set[str] = set()
         self._leader: dict[str, _Watched] = {}  # of layers that were called before: whose input theirs is
@@ -127,6 +138,8 @@ class _Pass:
         for name, layer in self.layers.items():
             handle = layer.register_forward_pre_hook(lambda _, args, name=name: self._read(name, args[0]))
             self._hooks.callback(handle.remove)
+        for root in self.timed:
+            self._hooks.callback(root.register_forward_pre_hook(self._read_time, with_kwargs=True).remove)
 
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
@@ -134,6 +147,7 @@ class _Pass:
 
     def begin_run(self) -> None:
         self._recent.clear()
+        self._level = math.nan
         for input in self.inputs:
             input.calls = 0
 
@@ -142,6 +156,10 @@ class _Pass:
             if not input.finite:
                 name = next(iter(input.layers))
                 raise InvalidArgumentError("calibrate", f"input of {name}", "NaN or infinity", "finite values in the dense model")
+
+    def _read_time(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        level = noise_level(root, args, kwargs)
+        self._level = math.nan if level is None else level
 
     def _read(self, name: str, x: Tensor) -> None:
         if self.layers[name].dense_step:
@@ -181,7 +199,7 @@ class _Pass:
     def _keep(self, input: _Watched, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1])
         input.finite &= rows.sum(dtype=torch.float32).isfinite()  # not read here: that would wait for the device
-        input.reservoir.add(rows, input.calls)
+        input.reservoir.add(rows, input.calls, self._level)
         input.calls += 1
 
 

@@ -18,7 +18,7 @@ def calibrate(
     method: Annotated[str, typer.Option(help="split, paper, refit, joint, paper-trained or plain (docs/calibration.md).")] = "split",
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch, a multiple of 16.")] = 64,
     selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
-    bias: Annotated[bool, typer.Option(help="Also fit a bias.")] = False,
+    bias: Annotated[int, typer.Option(min=0, help="Also fit a bias: 1 for all steps, 4 for every quarter of the way to the picture.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; can be given again.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
     samples_on_cpu: Annotated[bool, typer.Option(help="Keep samples in the machine's memory instead of the GPU's.")] = False,
