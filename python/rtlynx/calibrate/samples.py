@@ -72,7 +72,7 @@ class Reservoir:
         key = (torch.randperm(tokens, generator=self._generator) + offset) / max(tokens, 1)
         chosen = (key < self._rate).nonzero()[:, 0]
         while self._used + len(chosen) > self.capacity:
-            self._lower_rate()
+            self.lower_rate(self._rate * _SHRINK)
             chosen = chosen[key[chosen] < self._rate]
         new = slice(self._used, self._used + len(chosen))
         self._x[new] = x[chosen.to(x.device)].to(self._x)
@@ -83,9 +83,17 @@ class Reservoir:
         """What is kept now; views of the buffer."""
         return Samples(self._x[: self._used], self._step[: self._used], self._level[: self._used])
 
-    def _lower_rate(self) -> None:
-        self._rate *= _SHRINK
-        kept = (self._key[: self._used] < self._rate).nonzero()[:, 0]
+    @property
+    def rate(self) -> float:
+        """The share of the tokens offered so far that is kept."""
+        return self._rate
+
+    def lower_rate(self, rate: float) -> None:
+        """Keep this share of the tokens from now on, also of those that were offered before; a higher one than now changes nothing."""
+        if rate >= self._rate:
+            return
+        self._rate = rate
+        kept = (self._key[: self._used] < rate).nonzero()[:, 0]
         self._used = len(kept)
         self._x[: self._used] = self._x[kept.to(self._x.device)]
         for values in (self._key, self._step, self._level):

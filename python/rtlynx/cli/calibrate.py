@@ -26,10 +26,15 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the noise and of the sampled tokens.")] = 0,
 ) -> None:
-    """Fit the compensation of a model to its own activations. An interrupted run goes on when it is started again."""
+    """Fit the compensation of a model to its own activations. An interrupted run goes on when it is started again.
+
+    On several GPUs: accelerate launch -m rtlynx.cli calibrate ...
+    """
     import rtlynx
+    from rtlynx.calibrate.processes import Processes
     from rtlynx.cli.pipelines import load_pipeline, read_prompts
 
+    processes = Processes.present()  # before the model is loaded: each has a GPU of its own
     texts = read_prompts(prompts, model, count, seed)
     pipe = load_pipeline(model, device, dtype)
     rtlynx.apply(pipe, rtlynx.SparsityConfig(rank=rank, skip=tuple(skip or ())))
@@ -47,4 +52,5 @@ def calibrate(
         samples_device="cpu" if samples_on_cpu else None,
         num_inference_steps=steps,
     )
-    typer.echo(f"wrote {output}: {compensation.method} for {len(compensation.layers)} layers")
+    if processes.main:
+        typer.echo(f"wrote {output}: {compensation.method} for {len(compensation.layers)} layers")
