@@ -81,8 +81,8 @@ def calibrate(
         progress: Whether to show progress bars.
         tokens_per_channel: Tokens to keep of one input, as a multiple of its channels, but `MIN_TOKENS` at least.
         batch_size: Prompts per run of the pipeline.
-        memory: Bytes for samples, of each process; default: half of what is free on the GPU, or a quarter of the machine's memory. Where they do not fit
-            the model runs several times.
+        memory: Bytes for samples; default: half of what is free on the GPU, or a quarter of the machine's memory, which its processes
+            share. Where they do not fit the model runs several times.
         samples_device: Where samples are kept, e.g. ``"cpu"`` beside a GPU that is nearly full; default: where the model runs.
         **pipe_kwargs: For the pipeline, e.g. ``num_inference_steps=8``.
 
