@@ -240,6 +240,15 @@ def test_offloaded_layers_read_the_present_group(fitted: tuple[nn.Module, Compen
     torch.testing.assert_close(outputs(model), want)
 
 
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_layers_offloaded_in_groups_do_too(fitted: tuple[nn.Module, Compensation], offload_type: str) -> None:
+    model = copy.deepcopy(fitted[0])
+    want = outputs(model)
+    blocks = {"num_blocks_per_group": 1} if offload_type == "block_level" else {}
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type, **blocks)  # type: ignore[operator]
+    torch.testing.assert_close(outputs(model), want)
+
+
 def test_in_inference_mode_and_outside_of_it(fitted: tuple[nn.Module, Compensation]) -> None:
     model = copy.deepcopy(fitted[0])
     want = outputs(model)

@@ -187,7 +187,8 @@ def _layer_errors(pipe: ScenesPipeline, prompts: list[str], steps: int, seed: in
             hooks.callback(handle.remove)
         inputs = list(collect(fed, runs, budget, seed=seed, bar=tqdm(total=1, disable=True)))
     size = {name: torch.stack(squares).mean().sqrt() for name, squares in power.items()}
-    attention, mlp = [], []
+    attention: list[float] = []
+    mlp: list[float] = []
     for input in inputs:
         x = input.samples.x
         for name, layer in input.layers.items():
