@@ -60,4 +60,4 @@ def test_a_compiled_layer_reads_the_present_group(mode: str) -> None:
     model.layer.compile(fullgraph=True, mode=mode)  # type: ignore[operator]
     x = torch.randn(300, K, device="cuda", dtype=torch.bfloat16)
     for level in (0.8, *LEVELS, *LEVELS):  # reduce-overhead warms up first, then captures
-        assert torch.equal(model(x, time(level)).clone(), eager(x, time(level)))
+        torch.testing.assert_close(model(x, time(level)).clone(), eager(x, time(level)))  # the next group's bias is 1 away

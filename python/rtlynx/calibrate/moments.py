@@ -44,11 +44,15 @@ class Moments:
         for part in self.x.split(self._chunk):
             yield self.selection.pieces(part.to(self.device))
 
-    def deviations(self) -> Iterator[dict[Piece, Tensor]]:
-        """The same less their means, if centred; float32."""
-        means = {piece: self.mean(piece).float() for piece in PIECES} if self.centred else {}
+    def deviations(self, *wanted: Piece) -> Iterator[tuple[Tensor, ...]]:
+        """Some of the pieces, less their means, if centred; float32."""
+        means = [self.mean(piece).float() for piece in wanted] if self.centred else []
         for group, pieces in zip(self.group.split(self._chunk), self.chunks(), strict=True):
-            yield {piece: values - means[piece][group] if self.centred else values for piece, values in pieces.items()}
+            if self.centred:
+                rows = slice(None) if self.groups == 1 else group
+                yield tuple(pieces[piece] - mean[rows] for piece, mean in zip(wanted, means, strict=True))
+            else:
+                yield tuple(pieces[piece] for piece in wanted)
 
     @property
     def _chunk(self) -> int:
@@ -61,8 +65,10 @@ class Moments:
             totals = {each: torch.zeros(shape, dtype=torch.float64, device=self.device) for each in PIECES}
             if self.centred:
                 for group, pieces in zip(self.group.split(self._chunk), self.chunks(), strict=True):
-                    for each, total in totals.items():
-                        total.index_add_(0, group, pieces[each].double())
+                    for number in range(self.groups):
+                        rows = slice(None) if self.groups == 1 else group == number
+                        for each, total in totals.items():
+                            total[number] += pieces[each][rows].sum(0, dtype=torch.float64)
             count = self.group.bincount(minlength=self.groups)
             nearest = _nearest_filled(count)
             self._means = {each: (total / count.clamp_min(1)[:, None])[nearest] for each, total in totals.items()}
@@ -75,8 +81,8 @@ class Moments:
         if (a, b) not in self._products:
             total = torch.zeros(self.x.shape[1], self.x.shape[1], device=self.device)
             with full_precision():
-                for pieces in self.deviations():
-                    total.addmm_(pieces[a].T, pieces[b])
+                for left, right in self.deviations(a, b):
+                    total.addmm_(left.T, right)
             self._products[a, b] = total.div_(self.tokens)
         return self._products[a, b]
 
