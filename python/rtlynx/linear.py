@@ -149,8 +149,8 @@ class SparseLinear(nn.Linear):
             comp_down: ``(K, r)``, r a multiple of 16 up to 128; None for no branch. Rows are in the order of the gathered input.
             comp_up: ``(N, r)``, given exactly if `comp_down` is.
             shift: ``(K,)``, in the order of the gathered input.
-            comp_bias: ``(N,)``, or ``(G, N)`` for G groups of timesteps; None: ``shift · Wᵀ``, which makes up for the shift and nothing
-                else.
+            comp_bias: ``(N,)``, or ``(G, N)`` for G groups of timesteps, which `rtlynx.bias_groups.install_bias_groups` then has to tell
+                apart; None: ``shift · Wᵀ``, which makes up for the shift and nothing else.
             permutation: ``(K,)``, every channel once; None: as they come.
             sparse_weight: ``(N, K)``, columns in the gathered order; None: the layer's weight.
 
