@@ -17,7 +17,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rtlynx.errors import CompensationMismatchError, DeviceError, InvalidArgumentError, RTLynxError
+from rtlynx.errors import CompensationMismatchError, DeviceError, DistributedError, InvalidArgumentError, RTLynxError
 from rtlynx.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ __all__ = [
     "Compensation",
     "CompensationMismatchError",
     "DeviceError",
+    "DistributedError",
     "Evaluation",
     "InvalidArgumentError",
     "LayerSummary",

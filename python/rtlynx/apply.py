@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from rtlynx.bias_groups import install_bias_groups, remove_bias_groups
 from rtlynx.config import SparsityConfig
 from rtlynx.dense_steps import check_clock, install_dense_steps
 from rtlynx.eligibility import Candidate, candidates, linear_layers, target_modules
@@ -68,6 +69,7 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
         keep_fused_sparse(root)
         refresh_with_adapters(root)
         install_dense_steps(root, config)
+        install_bias_groups(root)
         root.__dict__[_CONFIG] = config
         _log(root, found, config, dropped)
     return pipe_or_module
@@ -93,6 +95,7 @@ def remove(pipe_or_module: T) -> T:
     }
     for root, new in replaced.items():
         install_dense_steps(root, None)
+        remove_bias_groups(root)
         _replace(root, new)
         root.__dict__.pop(_CONFIG, None)
     return pipe_or_module

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rtlynx.apply import applied_config, applied_modules, apply, remember_config
+from rtlynx.bias_groups import install_bias_groups
 from rtlynx.config import SparsityConfig
+from rtlynx.dense_steps import check_time
 from rtlynx.derived import only_permuted
 from rtlynx.eligibility import all_sparse_layers, candidates, target_modules
 from rtlynx.errors import CompensationMismatchError
@@ -34,8 +36,8 @@ class Compensation:
 
     Attributes:
         tensors: ``"<layer>.<name>"`` (``"transformer_2.<layer>.<name>"`` in a pipeline's second transformer) with the arguments of
-            `SparseLinear.set_compensation` that a layer has: ``comp_down`` ``(K, r)``, ``comp_up`` ``(N, r)``, ``comp_bias`` ``(N,)``,
-            ``shift`` ``(K,)``, ``permutation`` ``(K,)``, ``sparse_weight`` ``(N, K)``.
+            `SparseLinear.set_compensation` that a layer has: ``comp_down`` ``(K, r)``, ``comp_up`` ``(N, r)``, ``comp_bias`` ``(N,)``
+            or ``(G, N)``, ``shift`` ``(K,)``, ``permutation`` ``(K,)``, ``sparse_weight`` ``(N, K)``.
         config: The configuration it was fitted under.
         layers: Name → digest of every layer it was made for (`rtlynx.fingerprint`), also those that got no branch.
         made_with: Settings and versions of the calibration, for the record; empty where they are not known.
@@ -74,6 +76,7 @@ class Compensation:
         Raises:
             CompensationMismatchError: The model's sparse layers, their weights or their arithmetic are not those it was made for;
                 the model is left unchanged.
+            InvalidArgumentError: It has a bias per group of timesteps, and the model is not told the time.
         """
         modules = target_modules(pipe_or_module, "Compensation")
         applied = {prefix: (root, config) for prefix, root in modules.items() if (config := applied_config(root)) is not None}
@@ -81,6 +84,7 @@ class Compensation:
             modules = {prefix: root for prefix, root in modules.items() if not prefix or any(n.startswith(prefix) for n in self.layers)}
             wanted = {prefix: [c for c in candidates(root, self.config) if c.reason is None] for prefix, root in modules.items()}
             check_fingerprint(self.layers, {prefix + c.name: c.module for prefix, found in wanted.items() for c in found})
+            self._check_time(modules)
             for root in modules.values():
                 apply(root, self.config)
         else:
@@ -89,10 +93,18 @@ class Compensation:
                 if not config.same_arithmetic(self.config):
                     raise CompensationMismatchError(f"made under {self.config}, but this model was applied with {config}")
             check_fingerprint(self.layers, all_sparse_layers(modules))
+            self._check_time(modules)
             for root, config in applied.values():
                 remember_config(root, replace(config, rank=self.config.rank, ranks=self.config.ranks))
         for name, layer in all_sparse_layers(modules).items():
             layer.set_compensation(**{key: self.tensors.get(f"{name}.{key}") for key in _TENSORS})
+        for root in modules.values():
+            install_bias_groups(root)
+
+    def _check_time(self, modules: Mapping[str, nn.Module]) -> None:
+        if any(name.endswith(".comp_bias") and tensor.dim() == 2 for name, tensor in self.tensors.items()):
+            for root in modules.values():
+                check_time(root, "a bias per group of timesteps", "Compensation", "pipe_or_module")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; configuration and digests travel in its metadata. The file is complete or absent."""
@@ -129,6 +141,9 @@ class Compensation:
             raise CompensationMismatchError(
                 f"{path} has format version {found}, this rtlynx reads {_FORMAT_VERSION}: make it again with rtlynx.calibrate"
             )
+        for name, tensor in tensors.items():
+            if name.endswith(".comp_bias") and (tensor.dim() not in (1, 2) or not len(tensor)):
+                raise CompensationMismatchError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected (N,) or (groups, N)")
         config: dict[str, Any] = json.loads(metadata["config"])
         made_with: dict[str, Any] = json.loads(metadata.get("made_with", "{}"))
         return cls(tensors, SparsityConfig.from_dict(config), json.loads(metadata["layers"]), made_with)

@@ -52,10 +52,25 @@ def check_clock(root: nn.Module, config: SparsityConfig) -> None:
     Raises:
         InvalidArgumentError: Its forward does not take the argument that its recipe reads the time from.
     """
-    argument = find_recipe(root).clock.argument
-    if (config.dense_first or config.dense_last) and argument not in inspect.signature(root.forward).parameters:
-        got = f"dense steps for {type(root).__name__}"
-        raise InvalidArgumentError("apply", "config", got, f"a model whose forward takes {argument!r}")
+    if config.dense_first or config.dense_last:
+        check_time(root, "dense steps")
+
+
+def check_time(root: nn.Module, wanted: str, op: str = "apply", argument: str = "config") -> None:
+    """Refuse what depends on the time for a model that is not told it.
+
+    Args:
+        root: The model.
+        wanted: What is asked for.
+        op: For the message: who was asked, and in which argument.
+        argument: Likewise.
+
+    Raises:
+        InvalidArgumentError: Its forward does not take the argument that its recipe reads the time from.
+    """
+    time = find_recipe(root).clock.argument
+    if time not in inspect.signature(root.forward).parameters:
+        raise InvalidArgumentError(op, argument, f"{wanted} for {type(root).__name__}", f"a model whose forward takes {time!r}")
 
 
 def is_dense(noise_level: float, first: float, last: float) -> bool:
@@ -78,14 +93,19 @@ def noise_level(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     Video models may give every token a time of its own: what is generated has the highest, what is given has none.
     """
+    levels = noise_levels(root, args, kwargs)
+    if levels is None or levels.is_meta or (levels.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    return float(levels.max())
+
+
+def noise_levels(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """All noise levels in a call of ``root``, float32, where its timestep is; None where it was given none."""
     clock = find_recipe(root).clock
     time = kwargs[clock.argument] if clock.argument in kwargs else _positional(root, args, clock.argument)
-    if isinstance(time, Tensor):
-        if time.is_meta or (time.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return None
-        time = time.detach().float()
-        time = float(time.max() if clock.noise > clock.picture else time.min())
-    return None if time is None else (time - clock.picture) / (clock.noise - clock.picture)
+    if time is None:
+        return None
+    return (torch.as_tensor(time).detach().float() - clock.picture) / (clock.noise - clock.picture)
 
 
 def _positional(root: nn.Module, args: tuple[Any, ...], argument: str) -> Any:

@@ -34,3 +34,7 @@ class DeviceError(RTLynxError, RuntimeError):
 
 class CompensationMismatchError(RTLynxError, ValueError):
     """A compensation file does not belong to this model (other layers, shapes or weights)."""
+
+
+class DistributedError(RTLynxError, RuntimeError):
+    """Another process of the same calibration failed; its own error says why."""

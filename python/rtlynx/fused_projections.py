@@ -78,10 +78,11 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
         torch.cat([*downs], 1) if downs else None,
         torch.cat(ups) if downs else None,
         first.shift,
-        comp_bias=_stacked([layer.comp_bias for layer in layers], [layer.weight.new_zeros(layer.out_features) for layer in layers]),
+        comp_bias=_stacked_biases(layers),
         permutation=first.permutation,
         sparse_weight=_stacked([layer.sparse_weight for layer in layers], [layer.weight for layer in layers]),
     )
+    sparse.bias_group = next((layer.bias_group for layer in layers if layer.bias_groups > 1), None)
     sparse.set_score(first.score)
     sparse.repeats = True
     if first.input_group is not None:
@@ -100,6 +101,17 @@ def _up(layer: SparseLinear, down: Tensor) -> Tensor:
     if layer.comp_down is down and layer.comp_up is not None:
         return layer.comp_up
     return layer.weight.new_zeros(layer.out_features, down.shape[1])
+
+
+def _stacked_biases(layers: Sequence[SparseLinear]) -> Tensor | None:
+    """Their compensation biases side by side: ``(N,)``, or ``(G, N)`` if one of them has G groups; None if no layer has one.
+
+    The groups of one model are always the same, whoever calibrated it.
+    """
+    groups = max(layer.bias_groups for layer in layers)
+    held = [None if layer.comp_bias is None else layer.comp_bias.expand(max(1, groups), -1).T for layer in layers]
+    stacked = _stacked(held, [layer.weight.new_zeros(layer.out_features, max(1, groups)) for layer in layers])
+    return None if stacked is None else stacked.T.contiguous() if groups > 1 else stacked[:, 0]
 
 
 def _stacked(held: Sequence[Tensor | None], otherwise: Sequence[Tensor]) -> Tensor | None:

@@ -61,7 +61,9 @@ class SparseLinear(nn.Linear):
             is 448; a power of two, 1 at first. Setting it prepares the weight anew.
         comp_down: Parameter ``(K, r)`` or None. Compensation parameters do not require gradients unless asked to.
         comp_up: Parameter ``(N, r)`` or None.
-        comp_bias: Parameter ``(N,)`` or None: ``m · Wᵀ`` where there is a `shift`, and what calibration fitted beside it.
+        comp_bias: Parameter ``(N,)`` or None: ``m · Wᵀ`` where there is a `shift`, and what calibration fitted beside it. ``(G, N)``: one
+            for each of G groups of timesteps (`rtlynx.bias_groups`).
+        bias_group: ``(1,)`` int64 or None: which of the G is added now; written before every step by a hook on the model.
         sparse_weight: Parameter ``(N, K)`` or None: what the sparse product multiplies with instead of `weight`, columns permuted.
         shift: Buffer ``(K,)`` float32 or None, in the order of the gathered input.
         permutation: Buffer ``(K,)`` int64 or None.
@@ -101,6 +103,7 @@ class SparseLinear(nn.Linear):
         self.sharing = 1
         self.repeats = False
         self.derived: Derived | None = None
+        self.bias_group: Tensor | None = None
         self.comp_down = self.comp_up = self.comp_bias = self.sparse_weight = None
         self.register_buffer("shift", None)
         self.register_buffer("permutation", None)
@@ -139,6 +142,12 @@ class SparseLinear(nn.Linear):
         comp_down = self.comp_down
         return 0 if comp_down is None else comp_down.shape[1]
 
+    @property
+    def bias_groups(self) -> int:
+        """How many groups of timesteps have a `comp_bias` of their own; 1 where one serves all, 0 without one."""
+        comp_bias = self.comp_bias
+        return 0 if comp_bias is None else comp_bias.shape[0] if comp_bias.dim() == 2 else 1
+
     # ---- to and from nn.Linear ----------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -173,7 +182,8 @@ class SparseLinear(nn.Linear):
             comp_down: ``(K, r)``, r a multiple of 16 up to 128; None for no branch. Rows are in the order of the gathered input.
             comp_up: ``(N, r)``, given exactly if `comp_down` is.
             shift: ``(K,)``, in the order of the gathered input.
-            comp_bias: ``(N,)``; None: ``shift · Wᵀ``, which makes up for the shift and nothing else.
+            comp_bias: ``(N,)``, or ``(G, N)`` for G groups of timesteps, which `rtlynx.bias_groups.install_bias_groups` then has to tell
+                apart; None: ``shift · Wᵀ``, which makes up for the shift and nothing else.
             permutation: ``(K,)``, every channel once; None: as they come.
             sparse_weight: ``(N, K)``, columns in the gathered order; None: the layer's weight.
 
@@ -184,7 +194,7 @@ class SparseLinear(nn.Linear):
         if problem:
             raise InvalidArgumentError("SparseLinear.set_compensation", "comp_down and comp_up", *problem)
         n, k = self.weight.shape
-        given = {"shift": (shift, (k,)), "comp_bias": (comp_bias, (n,)), "permutation": (permutation, (k,))}
+        given = {"shift": (shift, (k,)), "comp_bias": (comp_bias, self.bias_shape(comp_bias)), "permutation": (permutation, (k,))}
         for name, (tensor, shape) in {**given, "sparse_weight": (sparse_weight, (n, k))}.items():
             if tensor is not None and tensor.shape != shape:
                 raise InvalidArgumentError("SparseLinear.set_compensation", name, f"shape {tuple(tensor.shape)}", f"{shape}")
@@ -231,6 +241,11 @@ class SparseLinear(nn.Linear):
                 old.copy_(new)
             else:
                 self._hold(name, new)
+
+    def bias_shape(self, comp_bias: Tensor | None) -> tuple[int, ...]:
+        """The shape a `comp_bias` with as many dimensions must have: ``(N,)`` or ``(G, N)``."""
+        grouped = comp_bias is not None and comp_bias.dim() == 2 and len(comp_bias) > 0
+        return (len(comp_bias), self.out_features) if comp_bias is not None and grouped else (self.out_features,)
 
     def update_score(self) -> None:
         """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
@@ -304,6 +319,8 @@ class SparseLinear(nn.Linear):
             weight, weight_scale = self._prepared_for(weight)
             out_dtype = input.dtype
         if comp_bias is not None:
+            if comp_bias.dim() == 2:
+                comp_bias = self._bias_now(comp_bias)  # type: ignore[assignment]
             bias = comp_bias if bias is None else bias + comp_bias  # type: ignore[assignment]
         output = ops.sparse_linear(
             values,
@@ -327,6 +344,12 @@ class SparseLinear(nn.Linear):
             scale = scale + weight[:0].sum(dtype=torch.float32)
         return copied, scale
 
+    def _bias_now(self, comp_bias: Tensor) -> Tensor:
+        """The row of a ``(G, N)`` bias for the present step; the first where nobody said which it is."""
+        if self.bias_group is None:
+            return comp_bias[0]
+        return comp_bias.index_select(0, self.bias_group.to(comp_bias.device)).view(-1)
+
     def _select(self, input: Tensor) -> ops.Sparsified:
         permutation, *arguments = self.selection_inputs()
         x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
@@ -343,7 +366,8 @@ class SparseLinear(nn.Linear):
         fitted = (("shift", self.shift), ("permutation", self.permutation), ("sparse_weight", self.sparse_weight))
         shift = "".join(f", {name}=True" for name, tensor in fitted if tensor is not None)
         precision = self.precision if self.values_scale == 1 else f"{self.precision}, values_scale={self.values_scale}"
-        switches = f"selection={self.selection}{shift}, precision={precision}, dense={self.dense}"
+        groups = f", bias_groups={self.bias_groups}" if self.bias_groups > 1 else ""
+        switches = f"selection={self.selection}{shift}{groups}, precision={precision}, dense={self.dense}"
         return f"{super().extra_repr()}, {compensation}, {switches}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
@@ -376,9 +400,11 @@ class SparseLinear(nn.Linear):
         found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
         if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
             self.comp_down, self.comp_up = self._room_for(found["comp_down"]), self._room_for(found["comp_up"])
-        for name in ("comp_bias", "sparse_weight"):
-            if found[name] is not None and getattr(self, name) is None:
-                setattr(self, name, self._room_for(found[name]))
+        if found["sparse_weight"] is not None and self.sparse_weight is None:
+            self.sparse_weight = self._room_for(found["sparse_weight"])
+        bias, present = found["comp_bias"], self.comp_bias
+        if bias is not None and bias.shape == self.bias_shape(bias) and (present is None or present.shape != bias.shape):
+            self.comp_bias = self._room_for(bias)
         # Selection's tensors get room of their own: the present ones may be another layer's too, which may have other values.
         if found["shift"] is not None:
             self.shift = self.weight.new_zeros(self.in_features, dtype=torch.float32)
@@ -414,7 +440,7 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"input_group", "sharing", "repeats", "derived"}
+    own |= {"input_group", "sharing", "repeats", "derived", "bias_group"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 

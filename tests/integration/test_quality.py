@@ -52,6 +52,7 @@ def measured(bench: QualityBench) -> dict[str, dict[str, object]]:
         Row("split", Fit("split", 8, ("shift",))),
         Row("split", Fit("split", 8, ("shift",)), skip=True, reseeded=False),
         Row("joint", Fit("joint", 16, ("shift", "permutation"), bias=True)),
+        Row("joint_bias4", Fit("joint", 16, ("shift", "permutation"), bias=4)),
         Row("split_last", Fit("split", 8, ("shift",)), dense_last=0.34),
         recipe_row("searched", SparsityConfig(include=("single_transformer_blocks.**",), rank=16, ranks={"**.proj_mlp": 0})),
     ]
@@ -62,6 +63,7 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
     velocity = {name: row["velocity_rel_err"] and row["velocity_rel_err"][0] for name, row in measured.items()}  # type: ignore[index]
     assert velocity["dense"] == 0 and velocity["fewer"] is None
     assert 0 < velocity["dense_floor"] < velocity["joint"] < velocity["split"] < velocity["naive"]
+    assert velocity["joint_bias4"] < velocity["split"]  # what groups add to one bias is not seen on random weights
     assert max(velocity["split_skip"], velocity["split_last"], velocity["searched"]) < velocity["split"] and velocity["wanda"] > 0
     assert measured["dense"]["psnr_db"] is None and measured["dense"]["frechet_minus_dense"] == (0, 0, 0)
     assert measured["joint"]["psnr_db"][0] > measured["naive"]["psnr_db"][0]  # type: ignore[index]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rtlynx.calibrate.processes import ALONE, Processes
 from rtlynx.calibrate.samples import Reservoir, Samples, capacity_within, seed_of
+from rtlynx.dense_steps import noise_level
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.linear import SparseLinear
 
@@ -60,7 +63,13 @@ class Budget:
 
 
 def collect(
-    layers: Mapping[str, SparseLinear], runs: Sequence[Callable[[], object]], budget: Budget, *, seed: int, bar: tqdm[Any]
+    layers: Mapping[str, SparseLinear],
+    runs: Sequence[Callable[[], object]],
+    budget: Budget,
+    *,
+    seed: int,
+    bar: tqdm[Any],
+    timed: Iterable[nn.Module] = (),
 ) -> Generator[LayerInput, None, None]:
     """Inputs of ``layers`` with samples of their tokens, in as many passes over ``runs`` as the memory asks for.
 
@@ -73,21 +82,100 @@ def collect(
         budget: How much to keep.
         seed: Decides which tokens are kept.
         bar: Progress bar; its total grows when another pass turns out to be needed.
+        timed: The models that the layers are in, for the samples to know the noise level of the step they were taken in; reading it waits
+            for the device once per step.
 
     Raises:
         InvalidArgumentError: An input was not finite, or a layer's input was shared differently in another pass.
     """
+    for watched in _passes(layers, runs, budget, seed, bar, timed, ALONE):
+        while watched.inputs:
+            kept = watched.inputs.pop(0)
+            yield LayerInput(kept.layers, kept.reservoir.samples(), kept.reservoir.seen)
+
+
+def collect_shared(
+    layers: Mapping[str, SparseLinear],
+    runs: Sequence[Callable[[], object]],
+    budget: Budget,
+    processes: Processes,
+    *,
+    seed: int,
+    bar: tqdm[Any],
+    timed: Iterable[nn.Module] = (),
+) -> Generator[LayerInput | None, None, None]:
+    """As `collect`, by several processes at once: each has its own ``runs`` and gets, with samples from all, the inputs it is to solve.
+
+    They come in rounds, of one input per process and of much the same size; None in a round that has none for this process. All processes
+    must take all rounds.
+
+    Args:
+        layers: As in `collect`, as are the others.
+        runs: Those of this process.
+        budget: Likewise; all processes keep to the smallest memory.
+        processes: This one and the others.
+        seed: Decides which tokens are kept.
+        bar: Progress bar.
+        timed: The models that the layers are in.
+
+    Raises:
+        InvalidArgumentError: As in `collect`, or the processes' models call different layers.
+        DistributedError: Another process failed.
+    """
+    budget = replace(budget, memory=min(processes.exchange(budget.memory)))
+    for watched in _passes(layers, runs, budget, seed, bar, timed, processes):
+        inputs = watched.inputs
+        found = processes.exchange([(list(input.layers), input.reservoir.rate) for input in inputs])
+        if any([names for names, _ in theirs] != [names for names, _ in found[0]] for theirs in found):
+            expected = "the same model, whose layers are called alike in all"
+            raise InvalidArgumentError("calibrate", "pipe_or_module", "processes whose models call different layers", expected)
+        for i, input in enumerate(inputs):  # every token as likely as any other, whichever process saw it
+            input.reservoir.lower_rate(min(theirs[i][1] for theirs in found))
+        if processes.count > 1:
+            inputs.sort(key=lambda input: -next(iter(input.layers.values())).in_features)
+        while inputs:
+            mine = None
+            for owner in range(min(processes.count, len(inputs))):
+                kept = inputs.pop(0)
+                seen = sum(processes.exchange(kept.reservoir.seen))
+                samples = _gathered(kept.reservoir.samples(), processes, owner)
+                if samples is not None:
+                    mine = LayerInput(kept.layers, samples, seen)
+            yield mine
+            del mine  # before the next are gathered
+
+
+def _gathered(samples: Samples, processes: Processes, owner: int) -> Samples | None:
+    """The samples of all processes at ``owner``."""
+    x, step, level = (None if each is None else processes.gather(each, owner) for each in (samples.x, samples.step, samples.level))
+    return None if x is None or step is None else Samples(x, step, level)
+
+
+def _passes(
+    layers: Mapping[str, SparseLinear],
+    runs: Sequence[Callable[[], object]],
+    budget: Budget,
+    seed: int,
+    bar: tqdm[Any],
+    timed: Iterable[nn.Module],
+    processes: Processes,
+) -> Iterator[_Pass]:
+    """One after the other, each run; the next one needs the memory of what was kept."""
     waiting = dict(layers)
     while waiting:
         bar.total = bar.n + len(runs)
         bar.refresh()
-        watched = _Pass(waiting, budget, seed)
-        with watched:
-            for run in runs:
-                watched.begin_run()
-                run()
-                watched.check_finite()
-                bar.update()
+        watched = _Pass(waiting, budget, seed, timed, processes)
+
+        def run_all(watched: _Pass = watched) -> None:
+            with watched:
+                for run in runs:
+                    watched.begin_run()
+                    run()
+                    watched.check_finite()
+                    bar.update()
+
+        processes.all(run_all)
         if not watched.inputs:
             return
         if watched.postponed:
@@ -96,9 +184,7 @@ def collect(
             for name in input.layers:
                 del waiting[name]
         waiting = {name: layer for name, layer in waiting.items() if name in watched.postponed}
-        while watched.inputs:
-            kept = watched.inputs.pop(0)
-            yield LayerInput(kept.layers, kept.reservoir.samples(), kept.reservoir.seen)
+        yield watched
 
 
 @dataclass
@@ -114,8 +200,11 @@ class _Watched:
 class _Pass:
     """Hooks on the layers while the model runs over all inputs once."""
 
-    def __init__(self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int) -> None:
-        self.layers, self.budget, self.seed = layers, budget, seed
+    def __init__(
+        self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int, timed: Iterable[nn.Module], processes: Processes
+    ) -> None:
+        self.layers, self.budget, self.seed, self.timed, self.processes = layers, budget, seed, timed, processes
+        self._level = math.nan
         self.inputs: list[_Watched] = []
         self.postponed: set[str] = set()
         self._leader: dict[str, _Watched] = {}  # of layers that were called before: whose input theirs is
@@ -127,6 +216,8 @@ class _Pass:
         for name, layer in self.layers.items():
             handle = layer.register_forward_pre_hook(lambda _, args, name=name: self._read(name, args[0]))
             self._hooks.callback(handle.remove)
+        for root in self.timed:
+            self._hooks.callback(root.register_forward_pre_hook(self._read_time, with_kwargs=True).remove)
 
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
@@ -134,6 +225,7 @@ class _Pass:
 
     def begin_run(self) -> None:
         self._recent.clear()
+        self._level = math.nan
         for input in self.inputs:
             input.calls = 0
 
@@ -142,6 +234,10 @@ class _Pass:
             if not input.finite:
                 name = next(iter(input.layers))
                 raise InvalidArgumentError("calibrate", f"input of {name}", "NaN or infinity", "finite values in the dense model")
+
+    def _read_time(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        level = noise_level(root, args, kwargs)
+        self._level = math.nan if level is None else level
 
     def _read(self, name: str, x: Tensor) -> None:
         if self.layers[name].dense_step:
@@ -165,13 +261,17 @@ class _Pass:
                 return
         size = x.element_size()
         capacity = capacity_within(layer.in_features, self.budget.tokens_per_channel, size, self.budget.memory)
+        capacity = math.ceil(capacity / self.processes.count)
         needed = capacity * layer.in_features * size
         if needed > self._left and self.inputs:
             self.postponed.add(name)
             self._recent.append((x, _version(x), None))
             return
         self._left -= needed
-        reservoir = Reservoir(capacity, layer.in_features, x.dtype, self.budget.device, seed_of(self.seed, name))
+        rank = self.processes.rank  # which draws its own tokens, the first one those it would draw alone
+        reservoir = Reservoir(
+            capacity, layer.in_features, x.dtype, self.budget.device, seed_of(self.seed, f"{name}@{rank}" if rank else name)
+        )
         input = _Watched({name: layer}, reservoir, torch.ones((), dtype=torch.bool, device=x.device))
         self.inputs.append(input)
         self._leader[name] = input
@@ -181,7 +281,7 @@ class _Pass:
     def _keep(self, input: _Watched, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1])
         input.finite &= rows.sum(dtype=torch.float32).isfinite()  # not read here: that would wait for the device
-        input.reservoir.add(rows, input.calls)
+        input.reservoir.add(rows, input.calls, self._level)
         input.calls += 1
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rtlynx.bias_groups import group_of
 from rtlynx.calibrate.collect import LayerInput
 from rtlynx.calibrate.factor import padded
 from rtlynx.calibrate.methods import METHODS
@@ -25,6 +26,8 @@ FEW_TOKENS_RIDGE = 1e-1
 """The same when it was measured on so few tokens that its small directions are noise."""
 TOKENS_PER_CHANNEL = 2
 """Below this many sampled tokens per channel that is so."""
+MOST_GROUPS = 64
+"""Of timesteps with a bias of their own: more than most pipelines take steps are a mistake."""
 _TOKENS_FOR_SIZE = 512
 
 Cache = dict[tuple[object, ...], Moments]
@@ -40,7 +43,7 @@ class Fit:
         method: One of `METHODS`.
         rank: Of the branch, for methods that have one; padded with zeros to a multiple of 16.
         selection: Some of `OPTIONS`.
-        bias: Whether the mean of what is still missing is restored by a bias.
+        bias: In how many groups of timesteps the mean of what is still missing is restored by a bias: True is 1, False none.
         share: Whether layers that select from one input together get one branch, so that they still can.
         norm_compensation: Whether kept channels are rescaled to the token's norm.
         seed: For methods that draw random numbers.
@@ -48,13 +51,13 @@ class Fit:
         ranks: Pairs of a glob and the rank of the layers it names, instead of `rank`.
 
     Raises:
-        InvalidArgumentError: An unknown method or option.
+        InvalidArgumentError: An unknown method or option, or no number of groups.
     """
 
     method: str = "split"
     rank: int = 64
     selection: tuple[str, ...] = ()
-    bias: bool = False
+    bias: bool | int = False
     share: bool = True
     norm_compensation: bool = True
     seed: int = 0
@@ -67,6 +70,10 @@ class Fit:
         unknown = sorted(set(self.selection) - set(OPTIONS))
         if unknown:
             raise InvalidArgumentError("calibrate", "selection", ", ".join(map(repr, unknown)), f"some of {', '.join(map(repr, OPTIONS))}")
+
+        if not isinstance(self.bias, int) or not 0 <= self.bias <= MOST_GROUPS:
+            expected = f"a boolean, or a number of groups up to {MOST_GROUPS}"
+            raise InvalidArgumentError("calibrate", "bias", repr(self.bias), expected)
 
     @property
     def rule(self) -> Method:
@@ -98,10 +105,21 @@ def fit_input(input: LayerInput, fit: Fit, device: torch.device, cache: Cache | 
         if key not in cache:
             plain = Selection(score=_score(next(iter(layers.values())), device), norm_compensation=fit.norm_compensation)
             selection = choose(fit.selection, x, [part.weight for part in scaled.values()], plain, device)
-            cache[key] = Moments(x, selection, fit.bias, device)
+            cache[key] = Moments(x, selection, bool(fit.bias), device, _groups(input, fit), max(1, int(fit.bias)))
         moments = cache[key]
         for stack in _stacks(layers, fit):
             yield from _fit_stack({name: scaled[name] for name in stack}, moments, fit, ridge)
+
+
+def _groups(input: LayerInput, fit: Fit) -> Tensor | None:
+    """For every sampled token the group of timesteps it was read in; None where one bias serves all."""
+    if fit.bias <= 1:
+        return None
+    level = input.samples.level
+    if level is None or level.isnan().any():
+        got, expected = f"{fit.bias} groups of timesteps", "1, or runs that call the model, which is told the time"
+        raise InvalidArgumentError("calibrate", "bias", f"{got}, and {input.name} called outside of the model", expected)
+    return group_of(level, fit.bias)
 
 
 @dataclass(frozen=True)
@@ -131,7 +149,7 @@ def _fit_stack(stack: dict[str, _Scaled], moments: Moments, fit: Fit, ridge: flo
     solution = rule.solve(problem)
     bias = None
     if fit.bias or selection.shift is not None:
-        bias = torch.zeros(sum(sizes), dtype=torch.float64, device=moments.device)
+        bias = torch.zeros(moments.groups, sum(sizes), dtype=torch.float64, device=moments.device)
         bias += 0 if selection.shift is None else selection.shift.double() @ problem.wt
         bias += fitted_bias(problem, solution, rule.branch) if fit.bias else 0
     own = None if solution.weight_change is None else (problem.wt + solution.weight_change).T
@@ -141,7 +159,7 @@ def _fit_stack(stack: dict[str, _Scaled], moments: Moments, fit: Fit, ridge: flo
         found = {
             "comp_down": None if solution.branch is None else padded(solution.branch.down),
             "comp_up": None if solution.branch is None else padded(solution.branch.up[mine] * part.size),
-            "comp_bias": None if bias is None else bias[mine] * part.size,
+            "comp_bias": None if bias is None else bias[:, mine].squeeze(0) * part.size,
             "sparse_weight": None if own is None else own[mine] * part.size,
         }
         stored = {key: value.to("cpu", part.dtype).contiguous() for key, value in found.items() if value is not None}

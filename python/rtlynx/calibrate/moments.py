@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.calibrate.factor import Factor
-from rtlynx.calibrate.selection.vectors import Piece, Selection
+from rtlynx.calibrate.selection.vectors import PIECES, Piece, Selection
 
 _CHUNK_ELEMENTS = 1 << 26  # of one piece: a quarter of a gigabyte in float32
 
@@ -22,12 +22,17 @@ class Moments:
         selection: How they are selected from.
         centred: Whether means are subtracted, as they are when a bias is fitted too.
         device: Where to compute.
+        group: ``(T,)`` int64, for each token the number of its group, from 0 on: every group has means of its own. None: one for all.
+        groups: How many there are. One without tokens takes the means of the nearest that has some, the earlier of two.
     """
 
-    def __init__(self, x: Tensor, selection: Selection, centred: bool, device: torch.device) -> None:
-        self.x, self.selection, self.centred, self.device = x, selection, centred, device
+    def __init__(
+        self, x: Tensor, selection: Selection, centred: bool, device: torch.device, group: Tensor | None = None, groups: int = 1
+    ) -> None:
+        self.x, self.selection, self.centred, self.device, self.groups = x, selection, centred, device, groups
+        self.group = torch.zeros(len(x), dtype=torch.int64, device=device) if group is None else group.to(device)
         self._products: dict[tuple[Piece, Piece], Tensor] = {}
-        self._means: dict[Piece, Tensor] = {}
+        self._means: dict[Piece, Tensor] | None = None
         self._factors: dict[tuple[Piece, float], Factor] = {}
 
     @property
@@ -36,29 +41,47 @@ class Moments:
 
     def chunks(self) -> Iterator[dict[Piece, Tensor]]:
         """The pieces of all tokens, some thousand tokens at a time."""
-        for part in self.x.split(max(1, _CHUNK_ELEMENTS // self.x.shape[1])):
+        for part in self.x.split(self._chunk):
             yield self.selection.pieces(part.to(self.device))
 
-    def mean(self, piece: Piece) -> Tensor:
-        """``(K,)`` float64: its mean over tokens; zeros unless centred."""
-        if piece not in self._means:
-            total = torch.zeros(self.x.shape[1], dtype=torch.float64, device=self.device)
+    def deviations(self, *wanted: Piece) -> Iterator[tuple[Tensor, ...]]:
+        """Some of the pieces, less their means, if centred; float32."""
+        means = [self.mean(piece).float() for piece in wanted] if self.centred else []
+        for group, pieces in zip(self.group.split(self._chunk), self.chunks(), strict=True):
             if self.centred:
-                for pieces in self.chunks():
-                    total += pieces[piece].sum(0, dtype=torch.float64)
-            self._means[piece] = total / self.tokens
+                rows = slice(None) if self.groups == 1 else group
+                yield tuple(pieces[piece] - mean[rows] for piece, mean in zip(wanted, means, strict=True))
+            else:
+                yield tuple(pieces[piece] for piece in wanted)
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, _CHUNK_ELEMENTS // self.x.shape[1])
+
+    def mean(self, piece: Piece) -> Tensor:
+        """``(groups, K)`` float64: its mean over the tokens of each group; zeros unless centred."""
+        if self._means is None:
+            shape = self.groups, self.x.shape[1]
+            totals = {each: torch.zeros(shape, dtype=torch.float64, device=self.device) for each in PIECES}
+            if self.centred:
+                for group, pieces in zip(self.group.split(self._chunk), self.chunks(), strict=True):
+                    for number in range(self.groups):
+                        rows = slice(None) if self.groups == 1 else group == number
+                        for each, total in totals.items():
+                            total[number] += pieces[each][rows].sum(0, dtype=torch.float64)
+            count = self.group.bincount(minlength=self.groups)
+            nearest = _nearest_filled(count)
+            self._means = {each: (total / count.clamp_min(1)[:, None])[nearest] for each, total in totals.items()}
         return self._means[piece]
 
     def product(self, a: Piece, b: Piece) -> Tensor:
-        """``(K, K)`` float32: mean of ``aᵀb`` over tokens, both centred if that was asked for."""
+        """``(K, K)`` float32: mean of ``aᵀb`` over tokens, both less their groups' means if that was asked for."""
         if (b, a) in self._products:
             return self._products[b, a].T
         if (a, b) not in self._products:
-            mean_a, mean_b = self.mean(a).float(), self.mean(b).float()
             total = torch.zeros(self.x.shape[1], self.x.shape[1], device=self.device)
             with full_precision():
-                for pieces in self.chunks():
-                    left, right = pieces[a] - mean_a, pieces[b] - mean_b
+                for left, right in self.deviations(a, b):
                     total.addmm_(left.T, right)
             self._products[a, b] = total.div_(self.tokens)
         return self._products[a, b]
@@ -68,6 +91,15 @@ class Moments:
         if (piece, ridge) not in self._factors:
             self._factors[piece, ridge] = Factor.of(self.product(piece, piece), ridge)
         return self._factors[piece, ridge]
+
+
+def _nearest_filled(count: Tensor) -> Tensor:
+    """For every group itself, or the nearest one with tokens: int64 as long as ``count``."""
+    filled = count.nonzero()[:, 0]
+    if not len(filled):
+        return torch.arange(len(count), device=count.device)
+    distance = (torch.arange(len(count), device=count.device)[:, None] - filled).abs()
+    return filled[distance.argmin(1)]
 
 
 @contextmanager

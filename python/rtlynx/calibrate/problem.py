@@ -87,7 +87,7 @@ class Method(Protocol):
 
 
 def fitted_bias(problem: Problem, solution: Solution, method_branch: BranchInput) -> Tensor:
-    """``(N,)`` float64: the mean of what is still missing, which a bias restores at no cost. The moments must be centred."""
+    """``(groups, N)`` float64: the means of what is still missing, which a bias restores at no cost. The moments must be centred."""
     moments = problem.moments
     bias = moments.mean("missed") @ problem.wt
     if solution.weight_change is not None:

@@ -23,10 +23,12 @@ class Samples:
         x: ``(T, K)``, in the model's dtype.
         step: ``(T,)`` int32: the how-manieth call of its run each token was read in, which is its sampling step where the model runs
             once per step.
+        level: ``(T,)`` float32: the noise level of that call, 1 for noise and 0 for a picture; NaN where nobody asked for it.
     """
 
     x: Tensor
     step: Tensor
+    level: Tensor | None = None
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -58,10 +60,11 @@ class Reservoir:
         self._x = torch.empty(capacity, channels, dtype=dtype, device=device)
         self._key = torch.empty(capacity, dtype=torch.float64)
         self._step = torch.empty(capacity, dtype=torch.int32)
+        self._level = torch.empty(capacity)
         self._generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def add(self, x: Tensor, step: int) -> None:
+    def add(self, x: Tensor, step: int, level: float = math.nan) -> None:
         """Offer the tokens of one call, ``(tokens, K)``."""
         tokens = x.shape[0]
         self.seen += tokens
@@ -69,23 +72,32 @@ class Reservoir:
         key = (torch.randperm(tokens, generator=self._generator) + offset) / max(tokens, 1)
         chosen = (key < self._rate).nonzero()[:, 0]
         while self._used + len(chosen) > self.capacity:
-            self._lower_rate()
+            self.lower_rate(self._rate * _SHRINK)
             chosen = chosen[key[chosen] < self._rate]
         new = slice(self._used, self._used + len(chosen))
         self._x[new] = x[chosen.to(x.device)].to(self._x)
-        self._key[new], self._step[new] = key[chosen], step
+        self._key[new], self._step[new], self._level[new] = key[chosen], step, level
         self._used = new.stop
 
     def samples(self) -> Samples:
         """What is kept now; views of the buffer."""
-        return Samples(self._x[: self._used], self._step[: self._used])
+        return Samples(self._x[: self._used], self._step[: self._used], self._level[: self._used])
 
-    def _lower_rate(self) -> None:
-        self._rate *= _SHRINK
-        kept = (self._key[: self._used] < self._rate).nonzero()[:, 0]
+    @property
+    def rate(self) -> float:
+        """The share of the tokens offered so far that is kept."""
+        return self._rate
+
+    def lower_rate(self, rate: float) -> None:
+        """Keep this share of the tokens from now on, also of those that were offered before; a higher one than now changes nothing."""
+        if rate >= self._rate:
+            return
+        self._rate = rate
+        kept = (self._key[: self._used] < rate).nonzero()[:, 0]
         self._used = len(kept)
         self._x[: self._used] = self._x[kept.to(self._x.device)]
-        self._key[: self._used], self._step[: self._used] = self._key[kept], self._step[kept]
+        for values in (self._key, self._step, self._level):
+            values[: self._used] = values[kept]
 
 
 def seed_of(seed: int, name: str) -> int:

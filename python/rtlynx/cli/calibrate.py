@@ -18,7 +18,7 @@ def calibrate(
     method: Annotated[str, typer.Option(help="split, paper, refit, joint, paper-trained or plain (docs/calibration.md).")] = "split",
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch, a multiple of 16.")] = 64,
     selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
-    bias: Annotated[bool, typer.Option(help="Also fit a bias.")] = False,
+    bias: Annotated[int, typer.Option(min=0, help="Also fit a bias: 1 for all steps, 4 for every quarter of the way to the picture.")] = 0,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; can be given again.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
     samples_on_cpu: Annotated[bool, typer.Option(help="Keep samples in the machine's memory instead of the GPU's.")] = False,
@@ -26,10 +26,15 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the noise and of the sampled tokens.")] = 0,
 ) -> None:
-    """Fit the compensation of a model to its own activations. An interrupted run goes on when it is started again."""
+    """Fit the compensation of a model to its own activations. An interrupted run goes on when it is started again.
+
+    On several GPUs: accelerate launch -m rtlynx.cli calibrate ...
+    """
     import rtlynx
+    from rtlynx.calibrate.processes import Processes
     from rtlynx.cli.pipelines import load_pipeline, read_prompts
 
+    processes = Processes.present()  # before the model is loaded: each has a GPU of its own
     texts = read_prompts(prompts, model, count, seed)
     pipe = load_pipeline(model, device, dtype)
     rtlynx.apply(pipe, rtlynx.SparsityConfig(rank=rank, skip=tuple(skip or ())))
@@ -47,4 +52,5 @@ def calibrate(
         samples_device="cpu" if samples_on_cpu else None,
         num_inference_steps=steps,
     )
-    typer.echo(f"wrote {output}: {compensation.method} for {len(compensation.layers)} layers")
+    if processes.main:
+        typer.echo(f"wrote {output}: {compensation.method} for {len(compensation.layers)} layers")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from rtlynx.bias_groups import of_many_steps
 from rtlynx.calibrate.collect import Budget, all_dense, available_memory, collect
 from rtlynx.calibrate.runs import pipeline_runs
 from rtlynx.eligibility import sparse_layers
@@ -26,10 +27,11 @@ def layer_errors(pipe: Any, model: nn.Module, prompts: Sequence[str], *, steps: 
     errors: dict[str, float] = {}
     with tqdm(total=len(runs), disable=True) as bar:
         with all_dense(layers):
-            inputs = list(collect(layers, runs, budget, seed=seed, bar=bar))
+            timed = [model] if any(layer.bias_groups > 1 for layer in layers.values()) else []
+            inputs = list(collect(layers, runs, budget, seed=seed, bar=bar, timed=timed))
         for input in inputs:
             x = input.samples.x
             for name, layer in input.layers.items():
                 want = nn.functional.linear(x, layer.weight, layer.bias).float()
-                errors[name] = float((layer(x).float() - want).norm() / want.norm())
+                errors[name] = float((of_many_steps(layer, x, input.samples.level).float() - want).norm() / want.norm())
     return {name: errors[name] for name in layers if name in errors}

@@ -20,6 +20,7 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from rtlynx.apply import applied_config, apply, remove
+from rtlynx.bias_groups import install_bias_groups
 from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived
 from rtlynx.eligibility import sparse_layers, unsupported
@@ -183,6 +184,7 @@ class RTLynxQuantizer(DiffusersQuantizer):
                 raise InvalidArgumentError("RTLynxConfig", "device_map", got, f"whole layers on a device, for {what}")
             layer.derived = Derived.of(layer)
             layer.update_prepared()
+        install_bias_groups(model)
         model.register_to_config(quantization_config=AppliedConfig(model, sparsity))
         model.is_quantized = False  # its weights are plain: casts and fused projections, which this would refuse, work
         return model
@@ -235,6 +237,8 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
         value: Tensor | None = getattr(layer, tensor)
         if value is None:
             continue
+        if tensor == "comp_bias":
+            shape = layer.bias_shape(value)
         if value.shape != shape:
             raise CompensationMismatchError(f"{name}: the checkpoint's {tensor} has shape {tuple(value.shape)}, expected {shape}")
         if value.is_meta and not layer.weight.is_meta:

@@ -11,6 +11,8 @@ from rtlynx.config import SparsityConfig
 
 Pruning = Literal["magnitude", "wanda"]
 
+GROUPS = 4
+"""Of timesteps, in the rows whose bias is fitted per group."""
 NONE, SHIFT, PERMUTATION, BOTH = (), ("shift",), ("permutation",), ("shift", "permutation")
 
 
@@ -87,6 +89,7 @@ def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield Row("norm", Fit("plain", 0))
     yield Row("norm_skip", Fit("plain", 0), skip=True)
     yield Row("norm_bias", Fit("plain", 0, bias=True))
+    yield Row(f"norm_bias{GROUPS}", Fit("plain", 0, bias=GROUPS))
     for each in dict.fromkeys((rank, 2 * rank)):
         yield Row("paper_trained", Fit("paper-trained", each))
     for each in dict.fromkeys((rank, *ranks)):
@@ -97,6 +100,7 @@ def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield Row("split_own", Fit("split", rank, share=False))
     yield Row("split_skip", Fit("split", rank), skip=True)
     yield Row("split_bias", Fit("split", rank, bias=True))
+    yield Row(f"split_bias{GROUPS}", Fit("split", rank, bias=GROUPS))
     yield Row("refit", Fit("refit", 0))
     yield Row("joint", Fit("joint", rank))
     for method in ("split", "refit", "joint"):
@@ -115,9 +119,10 @@ def _better_selection(selection: tuple[str, ...], rank: int, ranks: tuple[int, .
         yield Row(f"split_first_{share:.0%}_dense".replace("%", "pct"), split, dense_first=share)
         yield Row(f"split_last_{share:.0%}_dense".replace("%", "pct"), split, dense_last=share)
     yield Row("refit", Fit("refit", 0, selection))
-    yield Row("norm_bias", replace(plain, bias=True))
-    yield Row("split_bias", replace(split, bias=True))
-    yield Row("joint_bias", replace(joint, bias=True))
+    for bias, suffix in ((True, ""), (GROUPS, str(GROUPS))):  # fits with one bias share their moments
+        yield Row(f"norm_bias{suffix}", replace(plain, bias=bias))
+        yield Row(f"split_bias{suffix}", replace(split, bias=bias))
+        yield Row(f"joint_bias{suffix}", replace(joint, bias=bias))
     for row in (Row("norm", plain), Row("split", split), Row("joint", joint)):
         assert row.fit is not None
         yield replace(row, method=f"{row.method}_nonorm".replace("norm_nonorm", "nonorm"), fit=replace(row.fit, norm_compensation=False))

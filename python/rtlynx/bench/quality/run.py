@@ -18,6 +18,7 @@ from rtlynx.bench.quality.judge import Judge, Verdict
 from rtlynx.bench.quality.layer_time import layers_ms
 from rtlynx.bench.quality.pruning import pruned_weights
 from rtlynx.bench.quality.rows import Row
+from rtlynx.bias_groups import install_bias_groups, of_many_steps
 from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect
 from rtlynx.calibrate.fit import Cache, fit_input
 from rtlynx.calibrate.runs import pipeline_runs
@@ -138,6 +139,7 @@ class QualityBench:
                 self._fit(row)
             install_dense_steps(self.pipe.transformer, _config(row))
             stack.callback(install_dense_steps, self.pipe.transformer, None)
+            install_bias_groups(self.pipe.transformer)
             if row.pruning is not None:
                 stack.enter_context(pruned_weights(self.inputs, row.pruning == "wanda"))
             if row.other_precision:
@@ -222,7 +224,8 @@ class QualityBench:
             for input in self.held_out:
                 for name, layer in input.layers.items():
                     want = nn.functional.linear(input.samples.x, layer.weight, layer.bias).float()
-                    found[name] = float((layer(input.samples.x).float() - want).norm() / want.norm())
+                    got = of_many_steps(layer, input.samples.x, input.samples.level).float()
+                    found[name] = float((got - want).norm() / want.norm())
         return found
 
     def _accuracy(self, verdict: Verdict, minus: Verdict | None = None) -> Interval:
@@ -241,7 +244,7 @@ class QualityBench:
         runs = pipeline_runs("bench quality", self.pipe, prompts, None, settings.seed + seed, 8, options)
         budget = Budget(tokens_per_channel, available_memory(device), device)
         with all_dense(self.layers), tqdm(total=len(runs), desc="dense runs", unit="run", disable=not self.progress, leave=False) as bar:
-            return list(collect(self.layers, runs, budget, seed=settings.seed + seed, bar=bar))
+            return list(collect(self.layers, runs, budget, seed=settings.seed + seed, bar=bar, timed=[self.pipe.transformer]))
 
 
 def _config(row: Row) -> SparsityConfig:

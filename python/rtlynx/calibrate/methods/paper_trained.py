@@ -33,10 +33,8 @@ class _PaperTrained:
 
 def _regression(problem: Problem) -> tuple[Tensor, Tensor]:
     """What the branch reads and what it should give, ``(T, K)`` and ``(T, N)`` float32, centred if a bias is fitted too."""
-    moments = problem.moments
-    read, missed = moments.mean("whole").float(), moments.mean("missed").float()
     wt = problem.wt.float()
-    parts = [(pieces["whole"] - read, (pieces["missed"] - missed) @ wt) for pieces in moments.chunks()]
+    parts = [(whole, missed @ wt) for whole, missed in problem.moments.deviations("whole", "missed")]
     return torch.cat([z for z, _ in parts]), torch.cat([target for _, target in parts])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from rtlynx import reference
 
 Piece = Literal["whole", "kept", "dropped", "missed"]
+PIECES: tuple[Piece, ...] = get_args(Piece)
 
 
 @dataclass(frozen=True)
