@@ -15,7 +15,7 @@ def calibrate(
     count: Annotated[int, typer.Option(min=1, help="How many of the prompts to use.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the dense runs.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per run.")] = 1,
-    method: Annotated[str, typer.Option(help="split, paper, refit, joint, paper-trained or plain (docs/calibration.md).")] = "split",
+    method: Annotated[str, typer.Option(help="split, paper, refit, joint, paper-trained or plain (docs/guides/calibration.md).")] = "split",
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch, a multiple of 16.")] = 64,
     selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
     bias: Annotated[int, typer.Option(min=0, help="Also fit a bias: 1 for all steps, 4 for every quarter of the way to the picture.")] = 0,
