@@ -28,7 +28,7 @@ def device_code() -> "dict[str, object]":
 
 def devices() -> "list[dict[str, object]]":
     """
-    The GPUs in the order of cuda:0, cuda:1, ...: index, name, capability, sms, memory_bytes. Empty without a driver.
+    The GPUs in the order of cuda:0, cuda:1, ...: index, name, capability, sms, memory_bytes, memory_gb_s. Empty without a driver.
     """
 
 def driver_version() -> tuple[int, int] | None:
@@ -48,9 +48,10 @@ def gemm_kernel(device_index: SupportsIndex, m: SupportsIndex, n: SupportsIndex,
     Raises as plan_sparse_linear.
     """
 
-def least_tokens(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> int:
+def least_tokens(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, memory_gb_s: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> int:
     """
     From how many tokens on a sparse layer (n, k) is estimated to be no slower than a dense one on a GPU of this compute capability; needs no GPU.
+    memory_gb_s: as `devices` tells it, 4916 for an H200.
 
     0 where nothing has been measured, 2^63 - 1 where it never is. Raises as plan_sparse_linear.
     """

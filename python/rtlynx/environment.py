@@ -24,6 +24,7 @@ class Gpu:
     capability: tuple[int, int]
     sms: int
     memory_bytes: int
+    memory_gb_s: int
     kernel: str | None
     reason: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -42,9 +43,11 @@ def _least_tokens(device: torch.device, n: int, k: int, rank: int, dtype: torch.
         from rtlynx import _core
     except ImportError:  # the op that is called instead says what to do about it
         return 0
+    gpu: dict[str, Any] = _core.devices()[torch.cuda.current_device() if device.index is None else device.index]
     return _core.least_tokens(
-        capability=torch.cuda.get_device_capability(device),
-        sms=torch.cuda.get_device_properties(device).multi_processor_count,
+        capability=gpu["capability"],
+        sms=gpu["sms"],
+        memory_gb_s=gpu["memory_gb_s"],
         n=n,
         k=k,
         rank=rank,

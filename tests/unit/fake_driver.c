@@ -26,6 +26,8 @@ int cuDeviceTotalMem_v2(size_t* bytes, int device) { return *bytes = 1 << 30, 0;
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   switch (attribute) {
     case 16: return *value = 132, 0;  // multiprocessors
+    case 36: return *value = 2619000, 0;  // kHz of the memory
+    case 37: return *value = 5120, 0;  // bits of its bus
     case 75: return *value = setting("FAKE_CAPABILITY", 90) / 10, 0;
     case 76: return *value = setting("FAKE_CAPABILITY", 90) % 10, 0;
     case 97: return *value = 227 * 1024, 0;  // shared memory a block may opt in to

@@ -20,8 +20,8 @@ from rtlynx.demo.place import choose_place
 from rtlynx.errors import DeviceError, InvalidArgumentError
 from rtlynx.version import __version__
 
-H200 = {"index": 0, "name": "NVIDIA H200", "capability": (9, 0), "sms": 132, "memory_bytes": 150_754_820_096}
-V100 = {"index": 1, "name": "Tesla V100", "capability": (7, 0), "sms": 80, "memory_bytes": 17_179_869_184}
+H200 = {"index": 0, "name": "NVIDIA H200", "capability": (9, 0), "sms": 132, "memory_bytes": 150_754_820_096, "memory_gb_s": 4916}
+V100 = {"index": 1, "name": "Tesla V100", "capability": (7, 0), "sms": 80, "memory_bytes": 17_179_869_184, "memory_gb_s": 898}
 
 
 def run(*arguments: str) -> Any:

@@ -62,7 +62,7 @@ def run(driver: Path, statements: str, **settings: int) -> list[str]:
 
 def test_devices_are_described(driver: Path) -> None:
     (line,) = run(driver, "print(_core.driver_version(), _core.devices()[1])", capability=89)
-    gpu = {"index": 1, "name": "Fake GPU", "capability": (8, 9), "sms": 132, "memory_bytes": 1 << 30}
+    gpu = {"index": 1, "name": "Fake GPU", "capability": (8, 9), "sms": 132, "memory_bytes": 1 << 30, "memory_gb_s": 3352}
     assert line == f"(13, 0) {gpu}"
 
 

@@ -88,14 +88,13 @@ def test_on_a_gpu_the_core_says_how_many(monkeypatch: pytest.MonkeyPatch) -> Non
         calls.append(asked)
         return 700
 
-    monkeypatch.setattr(rtlynx, "_core", SimpleNamespace(least_tokens=core), raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    gpu = {"capability": (9, 0), "sms": 132, "memory_gb_s": 4916}
+    monkeypatch.setattr(rtlynx, "_core", SimpleNamespace(least_tokens=core, devices=lambda: [gpu]), raising=False)
     _least_tokens.cache_clear()
     for _ in range(2):
         assert least_tokens(torch.device("cuda:0"), 3072, 12288, 64, torch.bfloat16) == 700
         assert least_tokens(torch.device("cuda:0"), 3072, 12288, 64, torch.bfloat16, torch.float8_e4m3fn) == 700
-    sizes = {"capability": (9, 0), "sms": 132, "n": 3072, "k": 12288, "rank": 64}
+    sizes = gpu | {"n": 3072, "k": 12288, "rank": 64}
     assert calls == [sizes | {"dtype": "bfloat16"}, sizes | {"dtype": "bfloat16_e4m3"}]
     _least_tokens.cache_clear()
 
@@ -138,6 +137,6 @@ def test_the_core_knows_small_layers_from_large_ones() -> None:
     from rtlynx import _core
 
     def least(n: int, k: int) -> int:
-        return _core.least_tokens(capability=(9, 0), sms=132, n=n, k=k, rank=64, dtype="bfloat16")
+        return _core.least_tokens(capability=(9, 0), sms=132, memory_gb_s=4916, n=n, k=k, rank=64, dtype="bfloat16")
 
     assert 0 < least(12288, 3072) < 4096 < least(64, 64) == NEVER

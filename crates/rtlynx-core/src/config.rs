@@ -202,10 +202,10 @@ impl Tile {
 /// resident, the time of all divided by their number. Measured with a branch of rank 64:
 /// - sm90: a tile by its output elements, from the 8200 clocks that 256x192 takes at 1.6 GHz (read inside the kernel); a step from the time of whole
 ///   GEMMs, 4096 to 8192 tokens.
-/// - sm80 128x128: 384 TFLOP/s (2MNK a second) on large problems, which is 720 ns a step with the tile's share in it. At K = 3072 that is
-///   680 and 2000 ns, if the tile takes as long per output element as on sm90. The smaller tiles are scaled from it: a step by the sum of the clocks
-///   of tensor cores (`bm · bn / 32`) and shared memory (`3 · stage bytes / 128`), a tile by its output elements.
-/// - sm80 256x128, not measured: the shared memory of a step in the same way. It is alone on its multiprocessor, where nothing covers the ends of tiles.
+/// - sm80 but for 64x64: on an H100, from 4608 x 12288 x 3072 (0.643, 0.660, 0.824 ms for 128x128, 256x128, 128x64) and 4608 x 3072 x 12288 (0.619,
+///   0.667, 0.775 ms). 256x128 is for GPUs on which two blocks of 128x128 do not fit, where it is alone on a multiprocessor but has as many warps;
+///   none has been measured. 64x64 is scaled from 128x64: a step by the sum of the clocks of tensor cores (`bm · bn / 32`) and shared memory
+///   (`3 · stage bytes / 128`), a tile by its output elements.
 ///
 /// A stage of e4m3 has the bytes and the instructions of one of 16-bit elements, and twice the columns. Its times are from 4608 x 3072 x 12288 on an
 /// H100, where narrower tiles fill the last wave and still gain nothing.
@@ -213,10 +213,10 @@ pub const TILES: [Tile; 7] = [
     Tile { bn: 192, stages: 5, step_ns: 640, e4m3_step_ns: 658, tile_ns: 5200, ..SM90 },
     Tile { bn: 168, stages: 6, step_ns: 610, e4m3_step_ns: 712, tile_ns: 4550, ..SM90 },
     Tile { bn: 144, stages: 6, step_ns: 560, e4m3_step_ns: 672, tile_ns: 3900, ..SM90 },
-    Tile { bm: 256, bn: 128, threads: 256, step_ns: 1240, tile_ns: 6000, ..SM80 },
-    Tile { bm: 128, bn: 128, step_ns: 680, tile_ns: 2000, ..SM80 },
-    Tile { bm: 128, bn: 64, step_ns: 400, tile_ns: 1000, ..SM80 },
-    Tile { bm: 64, bn: 64, step_ns: 260, tile_ns: 500, ..SM80 },
+    Tile { bm: 256, bn: 128, threads: 256, step_ns: 830, tile_ns: 7200, ..SM80 },
+    Tile { bm: 128, bn: 128, step_ns: 449, tile_ns: 2250, ..SM80 },
+    Tile { bm: 128, bn: 64, step_ns: 276, tile_ns: 2250, ..SM80 },
+    Tile { bm: 64, bn: 64, step_ns: 180, tile_ns: 1100, ..SM80 },
 ];
 
 /// What the tiles of a family have in common.

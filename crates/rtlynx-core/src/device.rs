@@ -21,6 +21,8 @@ pub struct Device {
     pub arch: Arch,
     /// Global memory in bytes.
     pub memory_bytes: u64,
+    /// What its memory could give at most, from clock and bus width, in 10⁹ bytes a second.
+    pub memory_gb_s: i64,
 }
 
 /// CUDA version of the driver, as (major, minor); `None` on a machine without a driver.
@@ -142,7 +144,11 @@ fn describe(index: c_int) -> Result<Device> {
     // SAFETY: `handle` comes from cuDeviceGet.
     let memory_bytes = checked("cuDeviceTotalMem", unsafe { result::device::total_mem(handle) })? as u64;
     let name = checked("cuDeviceGetName", result::device::get_name(handle))?;
-    Ok(Device { name, arch: Arch { capability, sms, shared_bytes }, memory_bytes })
+    // Both edges of the clock carry data.
+    let clock_khz = i64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE)?);
+    let bus_bytes = i64::from(attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH)?) / 8;
+    let memory_gb_s = 2 * clock_khz * bus_bytes / 1_000_000;
+    Ok(Device { name, arch: Arch { capability, sms, shared_bytes }, memory_bytes, memory_gb_s })
 }
 
 /// While it lives, the primary context of a device is current on this thread; afterwards what was current before is again.

@@ -24,6 +24,7 @@ pub(crate) struct Device {
     capability: (u32, u32),
     sms: i64,
     memory_bytes: u64,
+    memory_gb_s: i64,
 }
 
 /// What was built in: targets (["sm_80", ...]), nvcc ("13.0.88") and min_driver ((13, 0), the CUDA version the driver must support).
@@ -41,7 +42,7 @@ pub(crate) fn driver_version() -> Option<(u32, u32)> {
     device::driver_version()
 }
 
-/// The GPUs in the order of cuda:0, cuda:1, ...: index, name, capability, sms, memory_bytes. Empty without a driver.
+/// The GPUs in the order of cuda:0, cuda:1, ...: index, name, capability, sms, memory_bytes, memory_gb_s. Empty without a driver.
 #[pyfunction]
 #[pyo3(signature = () -> "list[dict[str, object]]")]
 pub(crate) fn devices() -> PyResult<Vec<Device>> {
@@ -52,6 +53,7 @@ pub(crate) fn devices() -> PyResult<Vec<Device>> {
         capability: device.arch.capability,
         sms: device.arch.sms,
         memory_bytes: device.memory_bytes,
+        memory_gb_s: device.memory_gb_s,
     };
     Ok(devices.map(describe).collect())
 }
@@ -105,10 +107,11 @@ pub(crate) fn gemm_kernel(device_index: i32, m: i64, n: i64, k: i64, rank: i64, 
 }
 
 /// From how many tokens on a sparse layer (n, k) is estimated to be no slower than a dense one on a GPU of this compute capability; needs no GPU.
+/// memory_gb_s: as `devices` tells it, 4916 for an H200.
 ///
 /// 0 where nothing has been measured, 2^63 - 1 where it never is. Raises as plan_sparse_linear.
 #[pyfunction]
-pub(crate) fn least_tokens(capability: (u32, u32), sms: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<i64> {
+pub(crate) fn least_tokens(capability: (u32, u32), sms: i64, memory_gb_s: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<i64> {
     let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m: 0, n, k, rank };
-    break_even::least_tokens(&Arch::from_capability(capability, sms), &problem).map_err(to_python)
+    break_even::least_tokens(&Arch::from_capability(capability, sms), memory_gb_s, &problem).map_err(to_python)
 }
