@@ -306,7 +306,7 @@ class SparseLinear(nn.Linear):
         tokens = input.shape[:-1]
         if self.dense or self.dense_step or (self.small_m == "dense" and tokens.numel() < self.least_tokens(input.device)):
             return F.linear(input, self.weight, self.bias)
-        if self.input_group is None or self.sharing == 1 or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.input_group is None or self.sharing == 1:
             values, metadata, row_scale, branch = self._select(input)
         else:
             values, metadata, row_scale, branch = self.input_group.select(self, input, self._select)
