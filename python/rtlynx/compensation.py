@@ -28,6 +28,8 @@ _FORMAT = "rtlynx-compensation"
 _FORMAT_VERSION = 2
 """2: comp_down is ``(K, r)`` (1 had its transpose), and every tensor of `SparseLinear.set_compensation` may be there."""
 _TENSORS = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
+_SCALE = "values_scale"
+"""As a tensor of one element, where it is not 1."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Compensation:
     Attributes:
         tensors: ``"<layer>.<name>"`` (``"transformer_2.<layer>.<name>"`` in a pipeline's second transformer) with the arguments of
             `SparseLinear.set_compensation` that a layer has: ``comp_down`` ``(K, r)``, ``comp_up`` ``(N, r)``, ``comp_bias`` ``(N,)``
-            or ``(G, N)``, ``shift`` ``(K,)``, ``permutation`` ``(K,)``, ``sparse_weight`` ``(N, K)``.
+            or ``(G, N)``, ``shift`` ``(K,)``, ``permutation`` ``(K,)``, ``sparse_weight`` ``(N, K)``, ``values_scale`` ``(1,)`` float32.
         config: The configuration it was fitted under.
         layers: Name → digest of every layer it was made for (`rtlynx.fingerprint`), also those that got no branch.
         made_with: Settings and versions of the calibration, for the record; empty where they are not known.
@@ -66,6 +68,8 @@ class Compensation:
         for name, layer in layers.items():
             if only_permuted(layer):  # `set_compensation` makes it again
                 del held[f"{name}.sparse_weight"]
+            if layer.values_scale != 1:
+                held[f"{name}.{_SCALE}"] = torch.tensor([layer.values_scale])
         return cls({key: value.detach() for key, value in held.items() if value is not None}, config, fingerprint(layers))
 
     def apply_to(self, pipe_or_module: object) -> None:
@@ -97,7 +101,8 @@ class Compensation:
             for root, config in applied.values():
                 remember_config(root, replace(config, rank=self.config.rank, ranks=self.config.ranks))
         for name, layer in all_sparse_layers(modules).items():
-            layer.set_compensation(**{key: self.tensors.get(f"{name}.{key}") for key in _TENSORS})
+            scale = self.tensors.get(f"{name}.{_SCALE}", 1.0)
+            layer.set_compensation(**{key: self.tensors.get(f"{name}.{key}") for key in _TENSORS}, values_scale=scale)
         for root in modules.values():
             install_bias_groups(root)
 

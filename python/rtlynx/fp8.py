@@ -64,6 +64,15 @@ def check_values_scale(op: str, scale: float) -> None:
         raise InvalidArgumentError(op, "values_scale", repr(scale), "a power of two")
 
 
+def values_scale_for(peak: float) -> float:
+    """The scale for kept values of which the largest seen is ``peak``: 1, or the power of two that brings them into e4m3's range.
+
+    Twice the largest one seen still fits: those that calibration did not see may be larger. Nothing is scaled up, since e4m3 keeps its
+    relative precision down to 1/64.
+    """
+    return 1.0 if 2 * peak <= E4M3_MAX else 2.0 ** -math.ceil(math.log2(2 * peak / E4M3_MAX))
+
+
 def missing_kernels(device: torch.device) -> str | None:
     """Why layers on this device cannot multiply in fp8, or None if they can. On a CPU the reference does."""
     if device.type != "cuda":

@@ -71,7 +71,7 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
         logger.warning("fuse: %s becomes dense: its parts read different branches, of rank %d together", name, rank)
         return fused
     sparse = SparseLinear.from_linear(fused)
-    for attribute in ("branch", "selection", "norm_compensation", "small_m", "precision", "values_scale"):
+    for attribute in ("branch", "selection", "norm_compensation", "small_m", "precision"):
         setattr(sparse, attribute, getattr(first, attribute))
     ups = [torch.cat([_up(layer, down) for down in downs], 1) for layer in layers] if downs else []
     sparse.set_compensation(
@@ -81,6 +81,7 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
         comp_bias=_stacked_biases(layers),
         permutation=first.permutation,
         sparse_weight=_stacked([layer.sparse_weight for layer in layers], [layer.weight for layer in layers]),
+        values_scale=first.values_scale,
     )
     sparse.bias_group = next((layer.bias_group for layer in layers if layer.bias_groups > 1), None)
     sparse.set_score(first.score)

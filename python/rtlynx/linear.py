@@ -175,6 +175,7 @@ class SparseLinear(nn.Linear):
         comp_bias: Tensor | None = None,
         permutation: Tensor | None = None,
         sparse_weight: Tensor | None = None,
+        values_scale: Tensor | float = 1.0,
     ) -> None:
         """Replace the compensation. Tensors are copied to the weight's dtype and device (`shift`: float32, `permutation`: int64).
 
@@ -186,9 +187,11 @@ class SparseLinear(nn.Linear):
                 apart; None: ``shift · Wᵀ``, which makes up for the shift and nothing else.
             permutation: ``(K,)``, every channel once; None: as they come.
             sparse_weight: ``(N, K)``, columns in the gathered order; None: the layer's weight.
+            values_scale: See the attribute; a number, or the one element of a tensor.
 
         Raises:
-            InvalidArgumentError: A shape does not fit, or a branch is given to a layer with ``branch="none"``.
+            InvalidArgumentError: A shape does not fit, `values_scale` is no power of two, or a branch is given to a layer with
+                ``branch="none"``.
         """
         problem = self.branch_problem(comp_down, comp_up)
         if problem:
@@ -198,6 +201,8 @@ class SparseLinear(nn.Linear):
         for name, (tensor, shape) in {**given, "sparse_weight": (sparse_weight, (n, k))}.items():
             if tensor is not None and tensor.shape != shape:
                 raise InvalidArgumentError("SparseLinear.set_compensation", name, f"shape {tuple(tensor.shape)}", f"{shape}")
+        values_scale = float(values_scale)
+        check_values_scale("SparseLinear.set_compensation", values_scale)
         if permutation is not None and not torch.equal(permutation.sort().values.cpu(), torch.arange(k)):
             raise InvalidArgumentError("SparseLinear.set_compensation", "permutation", "channels missing or twice", "each of K once")
 
@@ -213,6 +218,7 @@ class SparseLinear(nn.Linear):
         if comp_bias is None and self.shift is not None:
             comp_bias = bias_of_shift(self)
         self.comp_bias = parameter(comp_bias)
+        self._values_scale = values_scale
         self.derived = Derived.of(self)
         self.update_prepared()
 

@@ -373,3 +373,25 @@ def test_two_transformers_are_one_compensation(tmp_path: Path) -> None:
     rtlynx.apply(alone.transformer_2, SparsityConfig(rank=32))
     with pytest.raises(InvalidArgumentError, match="different configurations"):
         rtlynx.save_compensation(alone, tmp_path / "mixed.safetensors")
+
+
+def test_large_activations_get_a_scale_for_fp8_that_travels(tmp_path: Path) -> None:
+    def model() -> Any:
+        torch.manual_seed(1)
+        module = nn.ModuleDict({"loud": nn.Linear(64, 32), "quiet": nn.Linear(64, 32)})
+        return rtlynx.apply(module, SparsityConfig(include=("loud", "quiet"), rank=16, precision="fp8"))
+
+    def run() -> None:
+        x = torch.randn(300, 64)
+        module["loud"](1000 * x / x.abs().max())
+        module["quiet"](x)
+
+    module = model()
+    rtlynx.calibrate(module, run=run, progress=False, output=tmp_path / "fitted.safetensors")
+    assert (module["loud"].values_scale, module["quiet"].values_scale) == (2.0**-3, 1.0)  # 2 * 1000 / 8 fits into 448
+    rtlynx.save_compensation(module, tmp_path / "held.safetensors")
+    for name in ("fitted", "held"):
+        other = model()
+        rtlynx.load_compensation(other, tmp_path / f"{name}.safetensors")
+        assert (other["loud"].values_scale, other["quiet"].values_scale) == (2.0**-3, 1.0)
+        torch.testing.assert_close(other["loud"].weight_scale, module["loud"].weight_scale)

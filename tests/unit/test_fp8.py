@@ -129,6 +129,12 @@ def test_a_weight_fills_the_range_of_each_output_channel(dtype: torch.dtype) -> 
     assert error.max() < 2**-4 / 3**0.5  # one rounding: at most 2⁻⁴ of an element, less in the mean
 
 
+@pytest.mark.parametrize(("peak", "scale"), [(0.0, 1.0), (224.0, 1.0), (225.0, 0.5), (448.0, 0.5), (449.0, 0.25), (1e4, 2.0**-6)])
+def test_values_are_scaled_so_that_twice_the_peak_fits(peak: float, scale: float) -> None:
+    assert fp8.values_scale_for(peak) == scale
+    assert 2 * peak * scale <= reference.E4M3_MAX
+
+
 def test_weights_that_are_not_finite_stay_so() -> None:
     weight = torch.ones(3, 64)
     weight[0, 3], weight[1, 5] = math.nan, math.inf

@@ -18,6 +18,7 @@ from rtlynx.calibrate.selection import OPTIONS, Selection, choose
 from rtlynx.config import rank_of
 from rtlynx.eligibility import own_name
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.fp8 import values_scale_for
 from rtlynx.linear import SparseLinear
 
 RIDGE = 1e-2
@@ -107,8 +108,16 @@ def fit_input(input: LayerInput, fit: Fit, device: torch.device, cache: Cache | 
             selection = choose(fit.selection, x, [part.weight for part in scaled.values()], plain, device)
             cache[key] = Moments(x, selection, bool(fit.bias), device, _groups(input, fit), max(1, int(fit.bias)))
         moments = cache[key]
+        scale = values_scale_for(_peak(x, moments.selection))
         for stack in _stacks(layers, fit):
-            yield from _fit_stack({name: scaled[name] for name in stack}, moments, fit, ridge)
+            for name, tensors in _fit_stack({name: scaled[name] for name in stack}, moments, fit, ridge):
+                yield name, tensors if scale == 1 else tensors | {"values_scale": torch.tensor([scale])}
+
+
+def _peak(x: Tensor, selection: Selection) -> float:
+    """The largest magnitude that selection sees in the samples: what fp8 has to hold."""
+    ends = selection.gather(torch.stack([x.amin(0), x.amax(0)])).float()
+    return float((ends if selection.shift is None else ends - selection.shift.to(ends.device)).abs().max())
 
 
 def _groups(input: LayerInput, fit: Fit) -> Tensor | None:
