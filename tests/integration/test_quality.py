@@ -50,6 +50,7 @@ def measured(bench: QualityBench) -> dict[str, dict[str, object]]:
         Row("wanda", pruning="wanda"),
         Row("naive", Fit("plain", 0, norm_compensation=False)),
         Row("split", Fit("split", 8, ("shift",))),
+        Row("split_fp8", Fit("split", 8, ("shift",)), precision="fp8"),
         Row("split", Fit("split", 8, ("shift",)), skip=True, reseeded=False),
         Row("joint", Fit("joint", 16, ("shift", "permutation"), bias=True)),
         Row("joint_bias4", Fit("joint", 16, ("shift", "permutation"), bias=4)),
@@ -64,6 +65,7 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
     assert velocity["dense"] == 0 and velocity["fewer"] is None
     assert 0 < velocity["dense_floor"] < velocity["joint"] < velocity["split"] < velocity["naive"]
     assert velocity["joint_bias4"] < velocity["split"]  # what groups add to one bias is not seen on random weights
+    assert 0 < abs(velocity["split_fp8"] - velocity["split"]) < 0.2 * velocity["split"]
     assert max(velocity["split_skip"], velocity["split_last"], velocity["searched"]) < velocity["split"] and velocity["wanda"] > 0
     assert measured["dense"]["psnr_db"] is None and measured["dense"]["frechet_minus_dense"] == (0, 0, 0)
     assert measured["joint"]["psnr_db"][0] > measured["naive"]["psnr_db"][0]  # type: ignore[index]
@@ -96,6 +98,7 @@ def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
         "split",
         "refit",
         "joint",
+        "split_fp8",
     } <= methods
     assert {row.rank for row in every if row.method == "split"} == {8, 16, 32}
     assert {row.selection for row in every if row.method == "joint"} == {"magnitude", "shift", "permutation", "shift+permutation"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rtlynx.calibrate.fit import Fit
-from rtlynx.config import SparsityConfig
+from rtlynx.config import Precision, SparsityConfig
 
 Pruning = Literal["magnitude", "wanda"]
 
@@ -30,6 +30,7 @@ class Row:
         skip: Whether the paper's hand-picked layers stay dense.
         dense_first: Share of the steps, at their start, that stay dense.
         dense_last: The same at their end.
+        precision: Of the sparse products' operands.
         recipe: Configuration of `rtlynx.search`, instead of sparse layers that are all alike; the fit's ranks are the recipe's.
     """
 
@@ -42,6 +43,7 @@ class Row:
     skip: bool = False
     dense_first: float = 0.0
     dense_last: float = 0.0
+    precision: Precision = "model"
     recipe: SparsityConfig | None = None
 
     @property
@@ -103,6 +105,9 @@ def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield Row(f"split_bias{GROUPS}", Fit("split", rank, bias=GROUPS))
     yield Row("refit", Fit("refit", 0))
     yield Row("joint", Fit("joint", rank))
+    yield Row("norm_fp8", Fit("plain", 0), precision="fp8")
+    yield Row("split_fp8", Fit("split", rank), precision="fp8")
+    yield Row("joint_fp8", Fit("joint", rank), precision="fp8")
     for method in ("split", "refit", "joint"):
         yield Row(f"{method}_nonorm", Fit(method, rank if method != "refit" else 0, norm_compensation=False))
 
@@ -115,6 +120,8 @@ def _better_selection(selection: tuple[str, ...], rank: int, ranks: tuple[int, .
         yield Row("split", replace(split, rank=each))
         yield Row("joint", replace(joint, rank=each))
     yield Row("split_skip", split, skip=True)
+    yield Row("split_fp8", split, precision="fp8")
+    yield Row("joint_fp8", joint, precision="fp8")
     for share in (0.1, 0.2):
         yield Row(f"split_first_{share:.0%}_dense".replace("%", "pct"), split, dense_first=share)
         yield Row(f"split_last_{share:.0%}_dense".replace("%", "pct"), split, dense_last=share)

@@ -255,5 +255,6 @@ def _config(row: Row) -> SparsityConfig:
         norm_compensation=row.fit.norm_compensation,
         dense_first=row.dense_first,
         dense_last=row.dense_last,
+        precision=row.precision,
         small_m="sparse",
     )
