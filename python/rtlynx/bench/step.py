@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +39,8 @@ class StepTimes:
         other_ms: What remains of the step: all other kernels, and gaps between kernels.
         memory_gb: Weights and buffers of this mode alone, and what a step allocates beyond, in 10⁹ bytes.
         speedup: Over the dense step that is compiled like this one.
+        gap_ms: Of `other_ms`, what no kernel ran in: the device waited for the host. From the profile, so it can be a little off, also
+            below 0; NaN in files of versions that did not tell.
     """
 
     model: str
@@ -52,6 +55,7 @@ class StepTimes:
     other_ms: float
     memory_gb: float
     speedup: float
+    gap_ms: float = math.nan
 
 
 def _dense(module: nn.Module, rank: int) -> None:
@@ -200,6 +204,7 @@ def measure_step(
                 attention_ms=kinds["attention"],
                 select_ms=kinds["select"],
                 other_ms=step_ms - kinds["gemm"] - kinds["attention"] - kinds["select"],
+                gap_ms=step_ms - sum(kinds.values()),
                 memory_gb=memory[mode, use_compiler],
                 speedup=times["dense", use_compiler] / step_ms,
             )
