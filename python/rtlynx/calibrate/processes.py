@@ -7,6 +7,7 @@ the compensation. They find each other through torch.distributed: initialised by
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import math
 import os
@@ -45,7 +46,8 @@ class Processes:
         if launched and not dist.is_initialized() and importlib.util.find_spec("accelerate") is not None:
             from accelerate import PartialState
 
-            PartialState()  # joins the others, and makes this process's GPU the current one
+            state = PartialState()  # joins the others, and makes this process's GPU the current one
+            atexit.register(state.destroy_process_group)
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
     @property
