@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -22,6 +25,8 @@ HOME = Path(".nox/rtlynx").resolve()
 BIN = HOME / "bin"
 TOOLCHAIN = Path(".nox/nvcc").resolve()
 """nvcc from PyPI, away from torch, which pins other releases of the same CUDA wheels."""
+SANITIZED = Path(".nox/sanitize").resolve()
+SANITIZERS_AT_ONCE = 3
 PYTHON_FILES = ("python", "tests", "examples", "noxfile.py")
 
 
@@ -55,15 +60,32 @@ def sanitize(session: nox.Session) -> None:
 
     The first two look at this project's kernels only. Reads of memory never written are found only where every kernel's writes are
     seen, so there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see.
-    Full-size layers are left out of all: under the sanitizer they would take hours.
+    Full-size layers are left out of all: under the sanitizer they would take hours. Some runs go side by side, since each waits for its
+    host most of the time; few enough for the memory of one GPU. Their output is in .nox/sanitize.
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
     ours = ("--kernel-name", "kns=sparsify", "--kernel-name", "kns=spmm", "--kernel-name", "kns=fused", "--kernel-name", "kns=probe")
-    ops = ("tests/gpu/test_sparsify.py", "tests/gpu/test_sparse_linear.py", "tests/gpu/test_fused_linear.py")
-    for tool, kernels, tests in (("memcheck", ours, ("tests/gpu",)), ("racecheck", ours, ops), ("initcheck", (), ops)):
-        options = ("--tool", tool, *kernels, "--error-exitcode", "1", "--target-processes", "all")
-        run(session, sanitizer, *options, "python", "-m", "pytest", *tests, "-x", "-m", "not large", *session.posargs)
+    ops = [f"tests/gpu/test_{name}.py" for name in ("sparsify", "sparse_linear", "fused_linear")]
+    others = ("tests/gpu", *(f"--ignore={tests}" for tests in ops))
+    SANITIZED.mkdir(parents=True, exist_ok=True)
+
+    def check(tool: str, *tests: str) -> str | None:
+        options = ("--tool", tool, *(() if tool == "initcheck" else ours), "--error-exitcode", "1", "--target-processes", "all")
+        command = (sanitizer, *options, "python", "-m", "pytest", *tests, "-m", "not large", *session.posargs)
+        log = SANITIZED / f"{tool}-{Path(tests[0]).stem}.log"
+        try:
+            with log.open("w") as output:
+                run(session, *command, stdout=output, stderr=subprocess.STDOUT, log=False)
+        except nox.command.CommandFailed:
+            return str(log)
+        return None
+
+    parts = [("memcheck", *others), *((tool, tests) for tool in ("memcheck", "racecheck", "initcheck") for tests in ops)]
+    with ThreadPoolExecutor(SANITIZERS_AT_ONCE) as pool:
+        failed = [log for log in pool.map(lambda part: check(*part), parts) if log is not None]
+    if failed:
+        session.error("compute-sanitizer or a test under it failed: " + ", ".join(failed))
 
 
 @nox.session(venv_backend="none")
@@ -105,7 +127,7 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", *(session.posargs or ("build", "--strict")))
 
 
-def run(session: nox.Session, program: str, *arguments: str, strict: bool = True) -> None:
+def run(session: nox.Session, program: str, *arguments: str, strict: bool = True, **options: Any) -> None:
     """Run a program of the shared environment, or one that it finds on PATH.
 
     All programs see the same build variables, so that cargo has no reason to compile anything twice.
@@ -113,7 +135,7 @@ def run(session: nox.Session, program: str, *arguments: str, strict: bool = True
     search = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     path = shutil.which(program, path=search) or session.error(f"{program} is neither in {BIN} nor on PATH")
     build = {"NVCC": nvcc(session), "PYO3_PYTHON": str(BIN / "python"), "RTLYNX_STRICT": "1" if strict else "0"}
-    session.run(str(path), *arguments, env={"PATH": search, "VIRTUAL_ENV": str(HOME), **build}, external=True)
+    session.run(str(path), *arguments, env={"PATH": search, "VIRTUAL_ENV": str(HOME), **build}, external=True, **options)
 
 
 def install(session: nox.Session, extra: str = "", *, strict: bool = True) -> None:
