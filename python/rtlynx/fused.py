@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx import ops, reference
+from rtlynx import checks, ops, reference
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.reference import EPS, K_MULTIPLE, N_MULTIPLE, BranchInput
@@ -85,26 +85,26 @@ def _check(
 ) -> None:
     if x.dim() != 2:
         raise InvalidArgumentError(_OP, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
-    ops._check_dtype(_OP, "x", x.dtype, x.device)
+    checks.check_dtype(_OP, "x", x.dtype, x.device)
     k = x.shape[1]
     if k == 0 or k % K_MULTIPLE:
         raise InvalidArgumentError(_OP, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
-    ops._check(_OP, "weight", weight, (None, k), x.dtype, x.device)
+    checks.check(_OP, "weight", weight, (None, k), x.dtype, x.device)
     n = weight.shape[0]
     if n == 0 or n % N_MULTIPLE:
         raise InvalidArgumentError(_OP, "weight", f"N = {n}", f"N a positive multiple of {N_MULTIPLE}")
     for name, vector in (("score", score), ("shift", shift)):
         if vector is not None:
-            ops._check(_OP, name, vector, (k,), torch.float32, x.device)
+            checks.check(_OP, name, vector, (k,), torch.float32, x.device)
     if (comp_down is None) != (comp_up is None):
         absent, present = ("comp_down", "comp_up") if comp_down is None else ("comp_up", "comp_down")
         raise InvalidArgumentError(_OP, absent, "None", f"a tensor, since `{present}` is given")
     if comp_down is not None and comp_up is not None:
-        ops._check(_OP, "comp_down", comp_down, (k, None), x.dtype, x.device)
-        ops._check_rank(_OP, "comp_down", comp_down.shape[1])
-        ops._check(_OP, "comp_up", comp_up, (n, comp_down.shape[1]), x.dtype, x.device)
+        checks.check(_OP, "comp_down", comp_down, (k, None), x.dtype, x.device)
+        checks.check_rank(_OP, "comp_down", comp_down.shape[1])
+        checks.check(_OP, "comp_up", comp_up, (n, comp_down.shape[1]), x.dtype, x.device)
     if bias is not None:
-        ops._check(_OP, "bias", bias, (n,), x.dtype, x.device)
+        checks.check(_OP, "bias", bias, (n,), x.dtype, x.device)
     if branch_input not in ("input", "dropped"):
         raise InvalidArgumentError(_OP, "branch_input", repr(branch_input), "'input' or 'dropped'")
 
@@ -155,7 +155,7 @@ def _cuda(
     eps: float,
 ) -> Tensor:
     _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input)
-    if not ops._rows_readable(x) or x.stride(0) > _MAX_STRIDE:
+    if not checks.rows_readable(x) or x.stride(0) > _MAX_STRIDE:
         x = x.clone(memory_format=torch.contiguous_format)
     (m, k), n = x.shape, weight.shape[0]
     out = x.new_empty(m, n)
@@ -175,14 +175,14 @@ def _cuda(
         ldx=x.stride(0),
         rank=rank,
         x=x.data_ptr(),
-        score=ops._pointer(_OP, "score", score),
-        shift=ops._pointer(_OP, "shift", shift),
-        comp_down=ops._pointer(_OP, "comp_down", comp_down),
-        weight=ops._pointer(_OP, "weight", weight),
-        comp_up=ops._pointer(_OP, "comp_up", comp_up),
-        bias=ops._pointer(_OP, "bias", bias),
-        branch=ops._pointer(_OP, "branch", branch),
-        progress=ops._pointer(_OP, "progress", progress),
+        score=checks.pointer(_OP, "score", score),
+        shift=checks.pointer(_OP, "shift", shift),
+        comp_down=checks.pointer(_OP, "comp_down", comp_down),
+        weight=checks.pointer(_OP, "weight", weight),
+        comp_up=checks.pointer(_OP, "comp_up", comp_up),
+        bias=checks.pointer(_OP, "bias", bias),
+        branch=checks.pointer(_OP, "branch", branch),
+        progress=checks.pointer(_OP, "progress", progress),
         out=out.data_ptr(),
         branch_of_dropped=branch_input == "dropped",
         norm_compensation=norm_compensation,

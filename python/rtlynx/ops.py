@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx import plans, reference
+from rtlynx import checks, plans, reference
 from rtlynx.direct import direct
 from rtlynx.errors import DeviceError, InvalidArgumentError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.inductor import share_selections
-from rtlynx.reference import E4M3, EPS, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, BranchInput, Sparsified, metadata_shape
+from rtlynx.reference import E4M3, EPS, BranchInput, Sparsified, metadata_shape
 
 __all__ = ["Sparsified", "sparse_linear", "sparsify"]
-
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-_ALIGNMENT = 16  # bytes: the kernels load and store 16 at a time
 
 _library = torch.library.Library("rtlynx", "DEF")
 _library.define(
@@ -126,147 +123,6 @@ def sparse_linear(
     return torch.ops.rtlynx.sparse_linear(*tensors, out_dtype)  # type: ignore[no-any-return]
 
 
-# ---- validation -------------------------------------------------------------------------------------------------------------------------
-# It runs before every launch: what it builds in words it builds only to refuse.
-
-
-def _check(op: str, argument: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a tensor whose shape (None: any size), dtype or device is not the expected one."""
-    if tensor.shape != shape and not _fits(tensor.shape, shape):
-        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-        raise InvalidArgumentError(op, argument, f"shape {tuple(tensor.shape)}", f"shape {wanted}")
-    if tensor.dtype != dtype:
-        raise InvalidArgumentError(op, argument, f"dtype {tensor.dtype}", f"dtype {dtype}")
-    if tensor.device != device:
-        raise InvalidArgumentError(op, argument, f"device {tensor.device}", f"device {device}")
-
-
-def _fits(have: tuple[int, ...], shape: tuple[Any, ...]) -> bool:
-    if len(have) != len(shape):
-        return False
-    for n, want in zip(have, shape, strict=True):  # noqa: SIM110 - a generator takes twice as long
-        if want is not None and n != want:
-            return False
-    return True
-
-
-def _check_dtype(op: str, argument: str, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Refuse what cannot be T on this device."""
-    if dtype in _KERNEL_DTYPES:
-        return
-    on_cpu = device.type == "cpu"
-    if not (on_cpu and dtype is torch.float32):
-        expected = "bfloat16, float16 or float32" if on_cpu else "bfloat16 or float16"
-        raise InvalidArgumentError(op, argument, f"dtype {dtype} on {device.type}", f"{expected} there")
-
-
-def _check_rank(op: str, argument: str, rank: int) -> None:
-    if rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
-        raise InvalidArgumentError(op, argument, f"rank {rank}", f"a multiple of {RANK_MULTIPLE} from {RANK_MULTIPLE} to {MAX_RANK}")
-
-
-def _check_sparsify(
-    x: Tensor,
-    score: Tensor | None,
-    shift: Tensor | None,
-    comp_down: Tensor | None,
-    branch_input: str,
-    values_dtype: torch.dtype | None,
-    values_scale: float,
-) -> None:
-    op = "sparsify"
-    if x.dim() != 2:
-        raise InvalidArgumentError(op, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
-    _check_dtype(op, "x", x.dtype, x.device)
-    k = x.shape[1]
-    if k == 0 or k % K_MULTIPLE:
-        raise InvalidArgumentError(op, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
-    if score is not None:
-        _check(op, "score", score, (k,), torch.float32, x.device)
-    if shift is not None:
-        _check(op, "shift", shift, (k,), torch.float32, x.device)
-    if comp_down is not None:
-        _check(op, "comp_down", comp_down, (k, None), x.dtype, x.device)
-        _check_rank(op, "comp_down", comp_down.shape[1])
-    if branch_input not in ("input", "dropped"):
-        raise InvalidArgumentError(op, "branch_input", repr(branch_input), "'input' or 'dropped'")
-    if values_dtype is None:
-        if values_scale != 1:
-            raise InvalidArgumentError(op, "values_scale", values_scale, "1, since `values_dtype` is None")
-    elif values_dtype is not E4M3:
-        raise InvalidArgumentError(op, "values_dtype", values_dtype, f"None or {E4M3}")
-    elif not 0 < values_scale < float("inf"):
-        raise InvalidArgumentError(op, "values_scale", values_scale, "a positive finite number")
-
-
-def _check_sparse_linear(
-    values: Tensor,
-    metadata: Tensor,
-    weight: Tensor,
-    row_scale: Tensor | None,
-    branch: Tensor | None,
-    comp_up: Tensor | None,
-    bias: Tensor | None,
-    weight_scale: Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> torch.dtype:
-    """Refuse what does not fit; returns T."""
-    op = "sparse_linear"
-    if values.dim() != 2:
-        raise InvalidArgumentError(op, "values", f"{values.dim()} dimensions", "2 dimensions (M, K/2)")
-    device = values.device
-    if values.dtype is E4M3:
-        if out_dtype is None:
-            raise InvalidArgumentError(op, "out_dtype", None, "the dtype of the output, since `values` are e4m3")
-        _check_dtype(op, "out_dtype", out_dtype, device)
-        dtype = out_dtype
-    else:
-        _check_dtype(op, "values", values.dtype, device)
-        for argument, given in (("weight_scale", weight_scale), ("out_dtype", out_dtype)):
-            if given is not None:
-                got = given if argument == "out_dtype" else "a tensor"
-                raise InvalidArgumentError(op, argument, got, f"None, since `values` are {values.dtype}")
-        dtype = values.dtype
-    m, half = values.shape
-    k = 2 * half
-    if k == 0 or k % K_MULTIPLE:
-        raise InvalidArgumentError(op, "values", f"K/2 = {half}", f"K a positive multiple of {K_MULTIPLE}")
-    _check(op, "metadata", metadata, metadata_shape(m, k), torch.int32, device)
-    _check(op, "weight", weight, (None, k), values.dtype, device)
-    n = weight.shape[0]
-    if n == 0 or n % N_MULTIPLE:
-        raise InvalidArgumentError(op, "weight", f"N = {n}", f"N a positive multiple of {N_MULTIPLE}")
-    if values.dtype is E4M3:
-        if weight_scale is None:
-            raise InvalidArgumentError(op, "weight_scale", None, "a tensor, since `values` are e4m3")
-        _check(op, "weight_scale", weight_scale, (n,), torch.float32, device)
-    if row_scale is not None:
-        _check(op, "row_scale", row_scale, (m,), torch.float32, device)
-    if (branch is None) != (comp_up is None):
-        absent, present = ("branch", "comp_up") if branch is None else ("comp_up", "branch")
-        raise InvalidArgumentError(op, absent, "None", f"a tensor, since `{present}` is given")
-    if branch is not None and comp_up is not None:
-        _check(op, "branch", branch, (m, None), dtype, device)
-        rank = branch.shape[1]
-        _check_rank(op, "branch", rank)
-        _check(op, "comp_up", comp_up, (n, rank), dtype, device)
-    if bias is not None:
-        _check(op, "bias", bias, (n,), dtype, device)
-    return dtype
-
-
-def _pointer(op: str, argument: str, tensor: Tensor | None) -> int:
-    """The address of a contiguous, 16-byte aligned tensor; 0 for none."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        raise InvalidArgumentError(op, argument, f"strides {tensor.stride()} for shape {tuple(tensor.shape)}", "a contiguous tensor")
-    address = tensor.data_ptr()
-    if address % _ALIGNMENT:
-        raise InvalidArgumentError(op, argument, f"address {address:#x}", f"a multiple of {_ALIGNMENT}")
-    return address
-
-
 def _stream(device_index: int) -> int:
     """The handle of torch's current stream, without the object that `torch.cuda.current_stream` makes around it."""
     return torch._C._cuda_getCurrentRawStream(device_index)
@@ -297,7 +153,7 @@ def _sparsify_cpu(
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
 ) -> Sparsified:
-    _check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
+    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
     return reference.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale)
 
 
@@ -322,15 +178,9 @@ def _sparsify_fake(
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
 ) -> Sparsified:
-    _check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
+    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
     share_selections()
     return _sparsify_outputs(x, comp_down, norm_compensation, values_dtype)
-
-
-def _rows_readable(x: Tensor) -> bool:
-    """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
-    row, column = x.stride()
-    return column == 1 and row >= x.shape[1] and row * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
 
 
 def _sparsify_cuda(
@@ -345,8 +195,8 @@ def _sparsify_cuda(
     values_scale: float = 1.0,
 ) -> Sparsified:
     op = "sparsify"
-    _check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
-    if not _rows_readable(x):
+    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
+    if not checks.rows_readable(x):
         x = x.clone(memory_format=torch.contiguous_format)
     out = _sparsify_outputs(x, comp_down, norm_compensation, values_dtype)
     m, k = x.shape
@@ -364,9 +214,9 @@ def _sparsify_cuda(
         ldx=x.stride(0),
         rank=rank,
         x=x.data_ptr(),
-        score=_pointer(op, "score", score),
-        shift=_pointer(op, "shift", shift),
-        comp_down=_pointer(op, "comp_down", comp_down),
+        score=checks.pointer(op, "score", score),
+        shift=checks.pointer(op, "shift", shift),
+        comp_down=checks.pointer(op, "comp_down", comp_down),
         values=values.data_ptr(),
         metadata=metadata.data_ptr(),
         row_scale=row_scale.data_ptr() if norm_compensation else 0,
@@ -426,7 +276,7 @@ def _sparse_linear_cpu(
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
+    checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
     return reference.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
 
 
@@ -441,7 +291,7 @@ def _sparse_linear_fake(
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    dtype = _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
+    dtype = checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
     return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
 
 
@@ -457,7 +307,7 @@ def _sparse_linear_cuda(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     op = "sparse_linear"
-    dtype = _check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
+    dtype = checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
     m = values.shape[0]
     n, k = weight.shape
     out = values.new_empty(m, n, dtype=dtype)
@@ -472,15 +322,15 @@ def _sparse_linear_cuda(
         n=n,
         k=k,
         rank=0 if branch is None else branch.shape[1],
-        values=_pointer(op, "values", values),
-        metadata=_pointer(op, "metadata", metadata),
-        weight=_pointer(op, "weight", weight),
-        row_scale=_pointer(op, "row_scale", row_scale),
-        branch=_pointer(op, "branch", branch),
-        comp_up=_pointer(op, "comp_up", comp_up),
-        bias=_pointer(op, "bias", bias),
+        values=checks.pointer(op, "values", values),
+        metadata=checks.pointer(op, "metadata", metadata),
+        weight=checks.pointer(op, "weight", weight),
+        row_scale=checks.pointer(op, "row_scale", row_scale),
+        branch=checks.pointer(op, "branch", branch),
+        comp_up=checks.pointer(op, "comp_up", comp_up),
+        bias=checks.pointer(op, "bias", bias),
         out=out.data_ptr(),
-        weight_scale=_pointer(op, "weight_scale", weight_scale),
+        weight_scale=checks.pointer(op, "weight_scale", weight_scale),
     )
     return out
 

@@ -1,0 +1,162 @@
+"""What the ops refuse: shapes, dtypes and devices that do not fit, each with the op, the argument, what it got and what it expected.
+
+It runs before every launch: what it builds in words it builds only to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.reference import E4M3, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, metadata_shape
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_ALIGNMENT = 16  # bytes: the kernels load and store 16 at a time
+
+
+def check(op: str, argument: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a tensor whose shape (None: any size), dtype or device is not the expected one."""
+    if tensor.shape != shape and not _fits(tensor.shape, shape):
+        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+        raise InvalidArgumentError(op, argument, f"shape {tuple(tensor.shape)}", f"shape {wanted}")
+    if tensor.dtype != dtype:
+        raise InvalidArgumentError(op, argument, f"dtype {tensor.dtype}", f"dtype {dtype}")
+    if tensor.device != device:
+        raise InvalidArgumentError(op, argument, f"device {tensor.device}", f"device {device}")
+
+
+def _fits(have: tuple[int, ...], shape: tuple[Any, ...]) -> bool:
+    if len(have) != len(shape):
+        return False
+    for n, want in zip(have, shape, strict=True):  # noqa: SIM110 - a generator takes twice as long
+        if want is not None and n != want:
+            return False
+    return True
+
+
+def check_dtype(op: str, argument: str, dtype: torch.dtype | None, device: torch.device) -> None:
+    """Refuse what cannot be T on this device."""
+    if dtype in _KERNEL_DTYPES:
+        return
+    on_cpu = device.type == "cpu"
+    if not (on_cpu and dtype is torch.float32):
+        expected = "bfloat16, float16 or float32" if on_cpu else "bfloat16 or float16"
+        raise InvalidArgumentError(op, argument, f"dtype {dtype} on {device.type}", f"{expected} there")
+
+
+def check_rank(op: str, argument: str, rank: int) -> None:
+    """Refuse a rank that the kernels do not take."""
+    if rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
+        raise InvalidArgumentError(op, argument, f"rank {rank}", f"a multiple of {RANK_MULTIPLE} from {RANK_MULTIPLE} to {MAX_RANK}")
+
+
+def check_sparsify(
+    x: Tensor,
+    score: Tensor | None,
+    shift: Tensor | None,
+    comp_down: Tensor | None,
+    branch_input: str,
+    values_dtype: torch.dtype | None,
+    values_scale: float,
+) -> None:
+    """Refuse arguments of `rtlynx.ops.sparsify` that do not fit."""
+    op = "sparsify"
+    if x.dim() != 2:
+        raise InvalidArgumentError(op, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
+    check_dtype(op, "x", x.dtype, x.device)
+    k = x.shape[1]
+    if k == 0 or k % K_MULTIPLE:
+        raise InvalidArgumentError(op, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
+    if score is not None:
+        check(op, "score", score, (k,), torch.float32, x.device)
+    if shift is not None:
+        check(op, "shift", shift, (k,), torch.float32, x.device)
+    if comp_down is not None:
+        check(op, "comp_down", comp_down, (k, None), x.dtype, x.device)
+        check_rank(op, "comp_down", comp_down.shape[1])
+    if branch_input not in ("input", "dropped"):
+        raise InvalidArgumentError(op, "branch_input", repr(branch_input), "'input' or 'dropped'")
+    if values_dtype is None:
+        if values_scale != 1:
+            raise InvalidArgumentError(op, "values_scale", values_scale, "1, since `values_dtype` is None")
+    elif values_dtype is not E4M3:
+        raise InvalidArgumentError(op, "values_dtype", values_dtype, f"None or {E4M3}")
+    elif not 0 < values_scale < float("inf"):
+        raise InvalidArgumentError(op, "values_scale", values_scale, "a positive finite number")
+
+
+def check_sparse_linear(
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> torch.dtype:
+    """Refuse arguments of `rtlynx.ops.sparse_linear` that do not fit; returns T."""
+    op = "sparse_linear"
+    if values.dim() != 2:
+        raise InvalidArgumentError(op, "values", f"{values.dim()} dimensions", "2 dimensions (M, K/2)")
+    device = values.device
+    if values.dtype is E4M3:
+        if out_dtype is None:
+            raise InvalidArgumentError(op, "out_dtype", None, "the dtype of the output, since `values` are e4m3")
+        check_dtype(op, "out_dtype", out_dtype, device)
+        dtype = out_dtype
+    else:
+        check_dtype(op, "values", values.dtype, device)
+        for argument, given in (("weight_scale", weight_scale), ("out_dtype", out_dtype)):
+            if given is not None:
+                got = given if argument == "out_dtype" else "a tensor"
+                raise InvalidArgumentError(op, argument, got, f"None, since `values` are {values.dtype}")
+        dtype = values.dtype
+    m, half = values.shape
+    k = 2 * half
+    if k == 0 or k % K_MULTIPLE:
+        raise InvalidArgumentError(op, "values", f"K/2 = {half}", f"K a positive multiple of {K_MULTIPLE}")
+    check(op, "metadata", metadata, metadata_shape(m, k), torch.int32, device)
+    check(op, "weight", weight, (None, k), values.dtype, device)
+    n = weight.shape[0]
+    if n == 0 or n % N_MULTIPLE:
+        raise InvalidArgumentError(op, "weight", f"N = {n}", f"N a positive multiple of {N_MULTIPLE}")
+    if values.dtype is E4M3:
+        if weight_scale is None:
+            raise InvalidArgumentError(op, "weight_scale", None, "a tensor, since `values` are e4m3")
+        check(op, "weight_scale", weight_scale, (n,), torch.float32, device)
+    if row_scale is not None:
+        check(op, "row_scale", row_scale, (m,), torch.float32, device)
+    if (branch is None) != (comp_up is None):
+        absent, present = ("branch", "comp_up") if branch is None else ("comp_up", "branch")
+        raise InvalidArgumentError(op, absent, "None", f"a tensor, since `{present}` is given")
+    if branch is not None and comp_up is not None:
+        check(op, "branch", branch, (m, None), dtype, device)
+        rank = branch.shape[1]
+        check_rank(op, "branch", rank)
+        check(op, "comp_up", comp_up, (n, rank), dtype, device)
+    if bias is not None:
+        check(op, "bias", bias, (n,), dtype, device)
+    return dtype
+
+
+def pointer(op: str, argument: str, tensor: Tensor | None) -> int:
+    """The address of a contiguous, 16-byte aligned tensor; 0 for none."""
+    if tensor is None:
+        return 0
+    if not tensor.is_contiguous():
+        raise InvalidArgumentError(op, argument, f"strides {tensor.stride()} for shape {tuple(tensor.shape)}", "a contiguous tensor")
+    address = tensor.data_ptr()
+    if address % _ALIGNMENT:
+        raise InvalidArgumentError(op, argument, f"address {address:#x}", f"a multiple of {_ALIGNMENT}")
+    return address
+
+
+def rows_readable(x: Tensor) -> bool:
+    """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
+    row, column = x.stride()
+    return column == 1 and row >= x.shape[1] and row * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
