@@ -4,13 +4,18 @@ Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the la
 
 from typing import Final, SupportsFloat, SupportsIndex
 
-__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
+__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
 
 K_MULTIPLE: Final[int]
 MAX_RANK: Final[int]
 N_MULTIPLE: Final[int]
 RANK_MULTIPLE: Final[int]
 __version__: Final[str]
+
+def activations(device_index: SupportsIndex) -> list[str]:
+    """
+    What `sparsify` can apply to x on this GPU: "none", and on some GPUs more.
+    """
 
 def candidates(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> list[str]:
     """
@@ -82,7 +87,7 @@ def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str
     Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """
 
-def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, x: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
+def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, activation: str, head_k: SupportsIndex, ld_head: SupportsIndex, ld_gate: SupportsIndex, x: SupportsIndex, gate: SupportsIndex, head: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
     """
     Enqueue selection, compression, row norms and the branch's projection. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """

@@ -6,7 +6,7 @@
 use crate::dispatch::{self, Arch};
 use crate::error::Result;
 use crate::format::{BLOCK_COLS, ceil_div};
-use crate::problem::{SparseLinearProblem, SparsifyProblem};
+use crate::problem::{Prologue, SparseLinearProblem, SparsifyProblem};
 
 /// Beyond this many tokens a layer that still loses is taken to lose always.
 const MOST_TOKENS: i64 = 1 << 14;
@@ -68,8 +68,18 @@ fn sparse_ns(arch: &Arch, memory_gb_s: i64, problem: &SparseLinearProblem) -> Re
 /// Selection on the kernel for Hopper.
 fn select_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
     let SparseLinearProblem { dtype, m, k, rank, .. } = *problem;
-    let select =
-        SparsifyProblem { dtype, m, k, ldx: k, rank, norm_compensation: true, branch_of_dropped: true, eps: 0.0, values_scale: 1.0 };
+    let select = SparsifyProblem {
+        dtype,
+        m,
+        k,
+        ldx: k,
+        prologue: Prologue::default(),
+        rank,
+        norm_compensation: true,
+        branch_of_dropped: true,
+        eps: 0.0,
+        values_scale: 1.0,
+    };
     let (_, launch) = dispatch::plan_sparsify(arch, &select)?;
     let cluster = i64::from(launch.cluster);
     Ok(dispatch::estimated_select_ns(arch, i64::from(launch.blocks.0) / cluster, ceil_div(k, BLOCK_COLS), cluster))

@@ -1,9 +1,9 @@
 //! The kernels there are, as data: names, tiles, resources. Adding a kernel means adding a row here and a file in `cuda/kernels`.
 
-use std::fmt;
+use std::{fmt, iter};
 
 use crate::format::TILE_ROWS;
-use crate::problem::Dtype;
+use crate::problem::{Activation, Dtype};
 
 /// Launch geometry of one kernel on one problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,15 @@ impl Family {
             Self::Sm90 => &Dtype::ALL,
         }
     }
+
+    /// What its sparsify kernels apply to x, if they are asked to.
+    pub fn activations(self) -> impl Iterator<Item = Activation> {
+        let some = match self {
+            Self::Sm80 => &[][..],
+            Self::Sm90 => &Activation::SOME,
+        };
+        iter::once(Activation::None).chain(some.iter().copied())
+    }
 }
 
 impl fmt::Display for Family {
@@ -72,7 +81,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// `sparsify_{dtype}_r{capacity}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}`
+/// `sparsify_{dtype}_r{capacity}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}{activation}`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SparsifyKernel {
     /// Which GPUs it is written for.
@@ -81,6 +90,8 @@ pub struct SparsifyKernel {
     pub dtype: Dtype,
     /// Branch columns one block computes; 0: no branch. A larger rank is split over blocks along y.
     pub capacity: i64,
+    /// What it makes X of; in the sm80 family always nothing.
+    pub activation: Activation,
 }
 
 impl SparsifyKernel {
@@ -99,7 +110,10 @@ impl SparsifyKernel {
     pub fn all() -> impl Iterator<Item = Self> {
         let families = [Family::Sm80, Family::Sm90].into_iter();
         let variants = families.flat_map(|family| Self::CAPACITIES.map(|capacity| (family, capacity)));
-        variants.flat_map(|(family, capacity)| family.dtypes().iter().map(move |&dtype| Self { family, dtype, capacity }))
+        variants.flat_map(|(family, capacity)| {
+            let kernels = family.dtypes().iter().map(move |&dtype| Self { family, dtype, capacity, activation: Activation::None });
+            kernels.flat_map(move |kernel| family.activations().map(move |activation| Self { activation, ..kernel }))
+        })
     }
 
     /// Rows of x that one block serves, or one cluster of blocks.
@@ -120,7 +134,18 @@ impl SparsifyKernel {
 
     /// Pipeline stages of the sm90 family: what lets two blocks share a multiprocessor, three without a branch.
     const fn stages(&self) -> i64 {
-        if self.capacity == 64 { 3 } else { 4 }
+        if self.activation.has_gate() {
+            2
+        } else if self.capacity == 64 {
+            3
+        } else {
+            4
+        }
+    }
+
+    /// Rows of a unit of one stage in the sm90 family: of x, of the gate if there is one, and of `comp_down`.
+    const fn unit_rows(&self) -> i64 {
+        self.capacity + if self.activation.has_gate() { 2 * self.rows() } else { self.rows() }
     }
 
     /// Dynamic shared memory of a block.
@@ -128,18 +153,18 @@ impl SparsifyKernel {
         match self.family {
             // The warps divide the columns: of each an f32 tile of rows × capacity.
             Family::Sm80 => Self::WARPS * (self.rows() * self.capacity) as u32 * size_of::<f32>() as u32,
-            // The stages: x and `comp_down`. The partial branches take their place at the end.
-            Family::Sm90 => (self.stages() * Self::STAGE_UNITS * Self::UNIT_COLS * (self.rows() + self.capacity)) as u32 * 2,
+            // The stages. The partial branches take their place at the end.
+            Family::Sm90 => (self.stages() * Self::STAGE_UNITS * Self::UNIT_COLS * self.unit_rows()) as u32 * 2,
         }
     }
 }
 
 impl fmt::Display for SparsifyKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { family, dtype, capacity } = self;
+        let Self { family, dtype, capacity, activation } = self;
         match family {
             Family::Sm80 => write!(f, "sparsify_{dtype}_r{capacity}"),
-            Family::Sm90 => write!(f, "sparsify_{family}_{dtype}_r{capacity}"),
+            Family::Sm90 => write!(f, "sparsify_{family}_{dtype}_r{capacity}{activation}"),
         }
     }
 }
@@ -353,22 +378,26 @@ mod tests {
 
     #[test]
     fn names_are_the_symbols_of_the_device_code() {
-        let sparsify = |family| SparsifyKernel { family, dtype: Dtype::Bf16, capacity: 64 }.to_string();
-        assert_eq!(sparsify(Family::Sm80), "sparsify_bf16_r64");
-        assert_eq!(sparsify(Family::Sm90), "sparsify_sm90_bf16_r64");
+        let sparsify = |family, activation| SparsifyKernel { family, dtype: Dtype::Bf16, capacity: 64, activation }.to_string();
+        assert_eq!(sparsify(Family::Sm80, Activation::None), "sparsify_bf16_r64");
+        assert_eq!(sparsify(Family::Sm90, Activation::None), "sparsify_sm90_bf16_r64");
+        assert_eq!(sparsify(Family::Sm90, Activation::SiluGate), "sparsify_sm90_bf16_r64_silu_gate");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0] }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[5] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
-        assert_eq!(SparsifyKernel::all().count(), 24);
+        assert_eq!(SparsifyKernel::all().count(), 56);
         assert_eq!(SpmmKernel::all().count(), 20);
     }
 
     #[test]
     fn shared_memory_is_what_the_kernels_lay_out() {
         assert_eq!(TILES.map(|tile| tile.shared_bytes()), [204880, 227424, 208992, 131072, 98304, 65536, 49152]);
-        let sparsify =
-            |family| SparsifyKernel::CAPACITIES.map(|capacity| SparsifyKernel { family, dtype: Dtype::F16, capacity }.shared_bytes());
-        assert_eq!(sparsify(Family::Sm80), [0, 8192, 16384, 32768]);
-        assert_eq!(sparsify(Family::Sm90), [65536, 81920, 98304, 98304]);
+        let sparsify = |family, activation| {
+            SparsifyKernel::CAPACITIES.map(|capacity| SparsifyKernel { family, dtype: Dtype::F16, capacity, activation }.shared_bytes())
+        };
+        assert_eq!(sparsify(Family::Sm80, Activation::None), [0, 8192, 16384, 32768]);
+        assert_eq!(sparsify(Family::Sm90, Activation::None), [65536, 81920, 98304, 98304]);
+        assert_eq!(sparsify(Family::Sm90, Activation::GeluTanh), [65536, 81920, 98304, 98304]);
+        assert_eq!(sparsify(Family::Sm90, Activation::SiluGate), [65536, 73728, 81920, 98304]);
     }
 }

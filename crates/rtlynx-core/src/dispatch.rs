@@ -3,7 +3,7 @@
 use crate::config::{Family, Launch, SparsifyKernel, SpmmKernel, TILES, Tile};
 use crate::error::{Error, Result};
 use crate::format::{BLOCK_COLS, ceil_div, padded_rows};
-use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparsifyProblem};
+use crate::problem::{Activation, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparsifyProblem};
 
 /// What dispatch needs to know of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,11 +59,15 @@ pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(Sparsify
     arch.require_sparse_tensor_cores(SPARSIFY)?;
     let [.., largest] = SparsifyKernel::CAPACITIES;
     let capacity = SparsifyKernel::CAPACITIES.into_iter().find(|&capacity| capacity >= problem.rank).unwrap_or(largest);
-    let family = if arch.has(Family::Sm90) { Family::Sm90 } else { Family::Sm80 };
+    let family = sparsify_family(arch);
     if !family.dtypes().contains(&problem.dtype) {
         return Err(Error::UnsupportedPrecision { op: SPARSIFY, capability: arch.capability });
     }
-    let kernel = SparsifyKernel { family, dtype: problem.dtype, capacity };
+    let activation = problem.prologue.activation;
+    if !family.activations().any(|known| known == activation) {
+        return Err(Error::UnsupportedActivation { op: SPARSIFY, capability: arch.capability });
+    }
+    let kernel = SparsifyKernel { family, dtype: problem.dtype, capacity, activation };
     // Padding rows too: the metadata describes them, and the GEMM reads it whole.
     let row_blocks = ceil_div(padded_rows(problem.m), kernel.rows());
     let rank_blocks = if problem.rank > 0 { ceil_div(problem.rank, capacity) } else { 1 };
@@ -79,6 +83,15 @@ pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(Sparsify
         overlaps: false,
     };
     Ok((kernel, launch))
+}
+
+/// What the sparsify kernels of a GPU can apply to x themselves.
+pub fn activations(arch: &Arch) -> impl Iterator<Item = Activation> {
+    sparsify_family(arch).activations()
+}
+
+fn sparsify_family(arch: &Arch) -> Family {
+    if arch.has(Family::Sm90) { Family::Sm90 } else { Family::Sm80 }
 }
 
 /// Blocks of a cluster, which share the columns of 64 rows: as many as are estimated to take least time. `column_blocks` is how often the columns can
@@ -159,7 +172,7 @@ fn estimated_ns(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::Dtype;
+    use crate::problem::{Dtype, Prologue};
 
     fn h200() -> Arch {
         Arch::from_capability((9, 0), 132)
@@ -183,6 +196,7 @@ mod tests {
             m,
             k: 3072,
             ldx: 3072,
+            prologue: Prologue::default(),
             rank,
             norm_compensation: true,
             branch_of_dropped: true,
@@ -212,6 +226,20 @@ mod tests {
             for problem in [linear(1, 8, 64), linear(512, 3072, 3072), linear(8192, 8192, 12288)] {
                 let name = name(capability, problem);
                 assert!(name.starts_with("spmm_sm80"), "{capability:?}: {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn activations_run_on_hopper_only() {
+        for activation in Activation::SOME {
+            let problem = SparsifyProblem { prologue: Prologue { activation, ld_gate: 3072, ..Prologue::default() }, ..sparsify(64, 48) };
+            let (kernel, launch) = plan_sparsify(&h200(), &problem).unwrap();
+            assert_eq!(kernel.to_string(), format!("sparsify_sm90_f16_r64{activation}"));
+            assert_eq!(launch.blocks, plan_sparsify(&h200(), &sparsify(64, 48)).unwrap().1.blocks);
+            for arch in [ampere(), h200().portable()] {
+                let refused = Error::UnsupportedActivation { op: "sparsify", capability: arch.capability };
+                assert_eq!(plan_sparsify(&arch, &problem), Err(refused));
             }
         }
     }

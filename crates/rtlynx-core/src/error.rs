@@ -53,6 +53,14 @@ pub enum Error {
         /// Compute capability of the GPU.
         capability: (u32, u32),
     },
+    /// The kernels of the GPU select from a tensor as it is.
+    #[error("{op}: got an activation on a GPU of compute capability {}.{}, expected compute capability 9.0, or the activation applied before", capability.0, capability.1)]
+    UnsupportedActivation {
+        /// The operation that refused.
+        op: &'static str,
+        /// Compute capability of the GPU.
+        capability: (u32, u32),
+    },
     /// This build contains no code for the kernel.
     #[error(
         "this build of rtlynx has no device code for kernel `{kernel}` (it holds {held}); rebuild it with nvcc and without RTLYNX_NO_DEVICE_CODE"

@@ -11,7 +11,7 @@ use crate::dispatch;
 use crate::error::Result;
 use crate::kernels;
 use crate::params::{SparsifyParams, SparsifySm90Params, SpmmParams, SpmmSm90Params};
-use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::problem::{Activation, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use crate::tensor_map::{self, SparsifyMaps, SpmmMaps, TensorMap};
 use crate::tuned;
 
@@ -46,6 +46,11 @@ pub unsafe fn sparsify(place: Place, problem: &SparsifyProblem, tensors: &Sparsi
     }
 }
 
+/// What [`sparsify`] can apply to x on a GPU.
+pub fn activations(device: i32) -> Result<Vec<Activation>> {
+    Ok(dispatch::activations(&device::arch(SPARSIFY, device)?).collect())
+}
+
 fn sparsify_params(problem: &SparsifyProblem, tensors: &SparsifyTensors) -> SparsifyParams {
     SparsifyParams {
         x: tensors.x,
@@ -70,6 +75,9 @@ fn sparsify_sm90_params(kernel: &SparsifyKernel, problem: &SparsifyProblem, tens
     Ok(SparsifySm90Params {
         x: maps.x.encode()?,
         comp_down: encoded(maps.comp_down)?,
+        head: encoded(maps.head)?,
+        gate: encoded(maps.gate)?,
+        head_k: problem.prologue.head_k as i32,
         score: tensors.score,
         shift: tensors.shift,
         values: tensors.values,

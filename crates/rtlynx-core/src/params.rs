@@ -43,7 +43,7 @@ pub struct SparsifyParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SparsifySm90Params {
-    /// `[m, k]`
+    /// `[m, k - head_k]`
     pub x: CUtensorMap,
     /// `[k, rank]`; not read when rank is 0
     pub comp_down: CUtensorMap,
@@ -71,6 +71,12 @@ pub struct SparsifySm90Params {
     pub eps: f32,
     /// of the stored values, where they are e4m3
     pub values_scale: f32,
+    /// `[m, head_k]`; not read when `head_k` is 0
+    pub head: CUtensorMap,
+    /// `[m, k - head_k]`; not read without a gate
+    pub gate: CUtensorMap,
+    /// columns of X that are head's
+    pub head_k: i32,
 }
 
 /// What the `spmm_sm80_*` kernels take.

@@ -77,6 +77,68 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// What X is made of: its first `head_k` columns are those of the head, the others the activation of x.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prologue {
+    /// Applied to x.
+    pub activation: Activation,
+    /// Columns of the head; 0 for none.
+    pub head_k: i64,
+    /// Elements from one row of the head to the next.
+    pub ld_head: i64,
+    /// Elements from one row of the gate to the next.
+    pub ld_gate: i64,
+}
+
+/// What is applied to x before anything else, in float32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// Nothing.
+    #[default]
+    None,
+    /// GELU with tanh in place of the error function.
+    GeluTanh,
+    /// SiLU(x) times the gate.
+    SiluGate,
+}
+
+impl Activation {
+    /// Those that make X another tensor than x.
+    pub const SOME: [Self; 2] = [Self::GeluTanh, Self::SiluGate];
+
+    /// Reads the name that `rtlynx.ops` has for it.
+    pub fn parse(op: &'static str, name: &str) -> Result<Self> {
+        let known = [Self::None, Self::GeluTanh, Self::SiluGate];
+        let found = known.into_iter().find(|activation| activation.name() == name);
+        found.ok_or_else(|| Error::invalid(op, "activation", name, known.map(Self::name).join(", ")))
+    }
+
+    /// The name that [`Self::parse`] reads.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::GeluTanh => "gelu_tanh",
+            Self::SiluGate => "silu_gate",
+        }
+    }
+
+    /// Whether it reads a gate.
+    pub const fn has_gate(self) -> bool {
+        matches!(self, Self::SiluGate)
+    }
+}
+
+/// What stands at the end of kernel names.
+impl fmt::Display for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "",
+            Self::GeluTanh => "_gelu_tanh",
+            Self::SiluGate => "_silu_gate",
+        })
+    }
+}
+
 /// Select, compress, measure and project one activation.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SparsifyProblem {
@@ -84,10 +146,12 @@ pub struct SparsifyProblem {
     pub dtype: Dtype,
     /// Rows (tokens).
     pub m: i64,
-    /// Columns (input channels).
+    /// Columns (input channels) of X.
     pub k: i64,
-    /// Elements from one row of the activation to the next.
+    /// Elements from one row of x to the next.
     pub ldx: i64,
+    /// How X is made of x.
+    pub prologue: Prologue,
     /// Rank of the branch; 0 for none.
     pub rank: i64,
     /// Whether the norm compensation factor of every row is computed.
@@ -106,8 +170,19 @@ impl SparsifyProblem {
         at_least_zero(SPARSIFY, "m", self.m)?;
         positive_multiple(SPARSIFY, "k", self.k, K_MULTIPLE)?;
         valid_rank(SPARSIFY, self.rank)?;
-        if self.ldx < self.k || self.ldx % VECTOR_ELEMENTS != 0 {
-            return Err(Error::invalid(SPARSIFY, "ldx", self.ldx, format!("a multiple of {VECTOR_ELEMENTS}, at least k = {}", self.k)));
+        let Prologue { activation, head_k, ld_head, ld_gate } = self.prologue;
+        if head_k < 0 || head_k >= self.k || head_k % K_MULTIPLE != 0 {
+            return Err(Error::invalid(SPARSIFY, "head_k", head_k, format!("a multiple of {K_MULTIPLE} below k = {}", self.k)));
+        }
+        if head_k > 0 && activation == Activation::None {
+            return Err(Error::invalid(SPARSIFY, "head_k", head_k, "0: without an activation x is all of X"));
+        }
+        row_stride("ldx", self.ldx, self.x_columns())?;
+        if head_k > 0 {
+            row_stride("ld_head", ld_head, head_k)?;
+        }
+        if activation.has_gate() {
+            row_stride("ld_gate", ld_gate, self.x_columns())?;
         }
         valid_eps(SPARSIFY, self.eps)?;
         let scale = self.values_scale;
@@ -120,17 +195,34 @@ impl SparsifyProblem {
         Ok(())
     }
 
+    /// Columns of x and of the gate.
+    pub const fn x_columns(&self) -> i64 {
+        self.k - self.prologue.head_k
+    }
+
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.m == 0
     }
 }
 
+fn row_stride(argument: &'static str, got: i64, columns: i64) -> Result<()> {
+    if got >= columns && got % VECTOR_ELEMENTS == 0 {
+        Ok(())
+    } else {
+        Err(Error::invalid(SPARSIFY, argument, got, format!("a multiple of {VECTOR_ELEMENTS}, at least {columns}")))
+    }
+}
+
 /// Device addresses of one [`SparsifyProblem`]; 0 for an absent tensor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SparsifyTensors {
-    /// `(m, k)` in dtype, row stride `ldx`
+    /// `(m, k - head_k)` in dtype, row stride `ldx`
     pub x: u64,
+    /// `(m, k - head_k)` in dtype, row stride `ld_gate`; absent without an activation that reads it
+    pub gate: u64,
+    /// `(m, head_k)` in dtype, row stride `ld_head`; absent when `head_k` is 0
+    pub head: u64,
     /// `(k,)` f32 or absent
     pub score: u64,
     /// `(k,)` f32 or absent
@@ -152,7 +244,12 @@ impl SparsifyTensors {
     pub fn validate(&self, problem: &SparsifyProblem) -> Result<()> {
         let branch = if problem.rank > 0 { Presence::Required } else { Presence::Forbidden("rank is 0") };
         let row_scale = if problem.norm_compensation { Presence::Required } else { Presence::Forbidden("norm compensation is off") };
+        let Prologue { activation, head_k, .. } = problem.prologue;
+        let gate = if activation.has_gate() { Presence::Required } else { Presence::Forbidden("the activation has none") };
+        let head = if head_k > 0 { Presence::Required } else { Presence::Forbidden("head_k is 0") };
         pointer(SPARSIFY, "x", self.x, Presence::Required, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "gate", self.gate, gate, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "head", self.head, head, VECTOR_BYTES)?;
         pointer(SPARSIFY, "score", self.score, Presence::Optional, VECTOR_BYTES)?;
         pointer(SPARSIFY, "shift", self.shift, Presence::Optional, VECTOR_BYTES)?;
         pointer(SPARSIFY, "comp_down", self.comp_down, branch, VECTOR_BYTES)?;
@@ -289,14 +386,25 @@ mod tests {
         m: 5,
         k: 128,
         ldx: 128,
+        prologue: Prologue { activation: Activation::None, head_k: 0, ld_head: 0, ld_gate: 0 },
         rank: 16,
         norm_compensation: true,
         branch_of_dropped: true,
         eps: 1e-8,
         values_scale: 1.0,
     };
-    const SPARSIFY_TENSORS: SparsifyTensors =
-        SparsifyTensors { x: 256, score: 0, shift: 0, comp_down: 256, values: 256, metadata: 256, row_scale: 4, branch: 256 };
+    const SPARSIFY_TENSORS: SparsifyTensors = SparsifyTensors {
+        x: 256,
+        gate: 0,
+        head: 0,
+        score: 0,
+        shift: 0,
+        comp_down: 256,
+        values: 256,
+        metadata: 256,
+        row_scale: 4,
+        branch: 256,
+    };
     const LINEAR_OK: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::F16, m: 5, n: 8, k: 64, rank: 0 };
     const LINEAR_TENSORS: SparseLinearTensors = SparseLinearTensors {
         values: 16,
@@ -378,6 +486,30 @@ mod tests {
         scaled.validate(&SparseLinearProblem { dtype: Dtype::F16E4m3, ..LINEAR_OK }).unwrap();
         assert_eq!(refused(scaled.validate(&LINEAR_OK)), "weight_scale");
         assert_eq!(refused(LINEAR_TENSORS.validate(&SparseLinearProblem { dtype: Dtype::F16E4m3, ..LINEAR_OK })), "weight_scale");
+    }
+
+    #[test]
+    fn what_x_is_made_of_must_fit() {
+        let prologue = Prologue { activation: Activation::SiluGate, head_k: 64, ld_head: 72, ld_gate: 64 };
+        let good = SparsifyProblem { prologue, ldx: 64, ..SPARSIFY_OK };
+        good.validate().unwrap();
+        let with = |prologue| refused(SparsifyProblem { prologue, ..good }.validate());
+        for head_k in [-64, 32, 128, 192] {
+            assert_eq!(with(Prologue { head_k, ..prologue }), "head_k");
+        }
+        assert_eq!(with(Prologue { activation: Activation::None, ..prologue }), "head_k");
+        assert_eq!(with(Prologue { ld_head: 56, ..prologue }), "ld_head");
+        assert_eq!(with(Prologue { ld_gate: 68, ..prologue }), "ld_gate");
+        assert_eq!(refused(SparsifyProblem { ldx: 56, ..good }.validate()), "ldx");
+        let tensors = SparsifyTensors { gate: 256, head: 256, ..SPARSIFY_TENSORS };
+        tensors.validate(&good).unwrap();
+        assert_eq!(refused(SparsifyTensors { gate: 0, ..tensors }.validate(&good)), "gate");
+        assert_eq!(refused(SparsifyTensors { head: 8, ..tensors }.validate(&good)), "head");
+        assert_eq!(refused(tensors.validate(&SPARSIFY_OK)), "gate");
+        let gelu = SparsifyProblem { prologue: Prologue { activation: Activation::GeluTanh, ..Prologue::default() }, ..SPARSIFY_OK };
+        SPARSIFY_TENSORS.validate(&gelu).unwrap();
+        assert_eq!(refused(SparsifyTensors { head: 256, ..SPARSIFY_TENSORS }.validate(&gelu)), "head");
+        assert_eq!(refused(Activation::parse(SPARSIFY, "relu")), "activation");
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::config::{SparsifyKernel, Tile};
 use crate::device::check;
 use crate::error::Result;
 use crate::params::Address;
-use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::problem::{Dtype, Prologue, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 
 /// Columns of the branch in one pipeline stage.
 const RANK_STEP: i64 = 32;
@@ -170,8 +170,12 @@ impl TensorMap {
 /// What the `sparsify_sm90_*` kernels copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SparsifyMaps {
-    /// `[m, k]`
+    /// `[m, k - head_k]`
     pub x: TensorMap,
+    /// `[m, head_k]`; none when `head_k` is 0
+    pub head: Option<TensorMap>,
+    /// `[m, k - head_k]`; none without a gate
+    pub gate: Option<TensorMap>,
     /// `[k, rank]`; none when rank is 0
     pub comp_down: Option<TensorMap>,
 }
@@ -181,7 +185,10 @@ impl SparsifyMaps {
     pub fn new(kernel: &SparsifyKernel, problem: &SparsifyProblem, tensors: &SparsifyTensors) -> Self {
         const UNIT: i64 = SparsifyKernel::UNIT_COLS;
         let element = Element::of(problem.dtype);
-        let SparsifyProblem { m, k, ldx, rank, .. } = *problem;
+        let SparsifyProblem { m, k, ldx, rank, prologue: Prologue { activation, head_k, ld_head, ld_gate }, .. } = *problem;
+        let rows = |address, columns, stride| {
+            TensorMap::matrix(element, address, Dimension::new(columns, 1, UNIT), Dimension::new(m, stride, kernel.rows()))
+        };
         // The 64 channels of a unit arrive in the order in which the lanes hold them (the kernel's header draws it): for each of the 4 groups of a
         // lane and each pair of channels in it, of the 4 lanes that pair.
         let channels = [
@@ -192,7 +199,9 @@ impl SparsifyMaps {
             Dimension::new(k / UNIT, UNIT * rank, 1),
         ];
         Self {
-            x: TensorMap::matrix(element, tensors.x, Dimension::new(k, 1, UNIT), Dimension::new(m, ldx, kernel.rows())),
+            x: rows(tensors.x, problem.x_columns(), ldx),
+            head: (head_k > 0).then(|| rows(tensors.head, head_k, ld_head)),
+            gate: activation.has_gate().then(|| rows(tensors.gate, problem.x_columns(), ld_gate)),
             comp_down: (rank > 0).then(|| TensorMap {
                 element,
                 address: tensors.comp_down,
@@ -242,6 +251,7 @@ impl SpmmMaps {
 mod tests {
     use super::*;
     use crate::config::{Family, TILES};
+    use crate::problem::Activation;
 
     const PROBLEM: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::Bf16, m: 1000, n: 3080, k: 2432, rank: 48 };
     const TENSORS: SparseLinearTensors = SparseLinearTensors {
@@ -261,19 +271,24 @@ mod tests {
     }
 
     fn sparsify_maps(rank: i64, capacity: i64) -> SparsifyMaps {
-        let kernel = SparsifyKernel { family: Family::Sm90, dtype: Dtype::F16, capacity };
+        maps_after(Prologue::default(), rank, capacity)
+    }
+
+    fn maps_after(prologue: Prologue, rank: i64, capacity: i64) -> SparsifyMaps {
+        let kernel = SparsifyKernel { family: Family::Sm90, dtype: Dtype::F16, capacity, activation: prologue.activation };
         let problem = SparsifyProblem {
             dtype: Dtype::F16,
             m: 1000,
             k: 320,
             ldx: 328,
+            prologue,
             rank,
             norm_compensation: true,
             branch_of_dropped: true,
             eps: 0.0,
             values_scale: 1.0,
         };
-        SparsifyMaps::new(&kernel, &problem, &SparsifyTensors { x: 16, comp_down: 32, ..SparsifyTensors::default() })
+        SparsifyMaps::new(&kernel, &problem, &SparsifyTensors { x: 16, gate: 48, head: 64, comp_down: 32, ..SparsifyTensors::default() })
     }
 
     #[test]
@@ -310,6 +325,18 @@ mod tests {
     fn rows_of_x_may_have_gaps() {
         let expected = TensorMap::matrix(Element::F16, 16, Dimension::new(320, 1, 64), Dimension::new(1000, 328, 64));
         assert_eq!(sparsify_maps(0, 0).x, expected);
+    }
+
+    #[test]
+    fn the_head_has_the_first_columns_and_x_and_the_gate_the_others() {
+        let prologue = Prologue { activation: Activation::SiluGate, head_k: 128, ld_head: 136, ld_gate: 200 };
+        let maps = maps_after(prologue, 0, 0);
+        let map = |address, columns, stride| {
+            TensorMap::matrix(Element::F16, address, Dimension::new(columns, 1, 64), Dimension::new(1000, stride, 64))
+        };
+        assert_eq!((maps.x, maps.gate, maps.head), (map(16, 192, 328), Some(map(48, 192, 200)), Some(map(64, 128, 136))));
+        let plain = maps_after(Prologue { activation: Activation::GeluTanh, ..Prologue::default() }, 0, 0);
+        assert_eq!((plain.x, plain.gate, plain.head), (map(16, 320, 328), None, None));
     }
 
     /// Walks a box as the copy engine does and asks which channel of the unit stands in each row of shared memory.

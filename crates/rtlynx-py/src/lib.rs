@@ -18,7 +18,7 @@ mod _core {
     #[pymodule_export]
     use super::info::{least_tokens, plan_sparse_linear, set_plan, use_portable_kernels};
     #[pymodule_export]
-    use super::ops::{sparse_linear, sparsify};
+    use super::ops::{activations, sparse_linear, sparsify};
     #[pymodule_export]
     use super::probe::run;
 

@@ -2,7 +2,9 @@
 
 use pyo3::prelude::*;
 use rtlynx_core::launch::{self, Place};
-use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use rtlynx_core::problem::{
+    Activation, Dtype, Prologue, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors,
+};
 
 use crate::error::to_python;
 
@@ -17,7 +19,13 @@ pub(crate) fn sparsify(
     k: i64,
     ldx: i64,
     rank: i64,
+    activation: &str,
+    head_k: i64,
+    ld_head: i64,
+    ld_gate: i64,
     x: u64,
+    gate: u64,
+    head: u64,
     score: u64,
     shift: u64,
     comp_down: u64,
@@ -30,10 +38,18 @@ pub(crate) fn sparsify(
     values_scale: f32,
 ) -> PyResult<()> {
     let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python)?;
-    let problem = SparsifyProblem { dtype, m, k, ldx, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps, values_scale };
-    let tensors = SparsifyTensors { x, score, shift, comp_down, values, metadata, row_scale, branch };
+    let prologue = Prologue { activation: Activation::parse(SPARSIFY, activation).map_err(to_python)?, head_k, ld_head, ld_gate };
+    let problem =
+        SparsifyProblem { dtype, m, k, ldx, prologue, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps, values_scale };
+    let tensors = SparsifyTensors { x, gate, head, score, shift, comp_down, values, metadata, row_scale, branch };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
     unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
+}
+
+/// What `sparsify` can apply to x on this GPU: "none", and on some GPUs more.
+#[pyfunction]
+pub(crate) fn activations(device_index: i32) -> PyResult<Vec<&'static str>> {
+    Ok(launch::activations(device_index).map_err(to_python)?.into_iter().map(Activation::name).collect())
 }
 
 /// Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.

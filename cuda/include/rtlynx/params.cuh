@@ -25,7 +25,7 @@ struct SparsifyParams {
 };
 
 struct SparsifySm90Params {
-  CUtensorMap x;              // [m, k], boxes of 64 x 64, 128-byte swizzle
+  CUtensorMap x;              // [m, k - head_k], boxes of 64 x 64, 128-byte swizzle
   CUtensorMap comp_down;      // [k, rank], boxes of 64 channels in the lanes' order x the kernel's rank capacity; not read when rank == 0
   const float* score;         // [k] factor on the magnitudes that selection compares, or null
   const float* shift;         // [k] subtracted from x first, or null
@@ -39,6 +39,10 @@ struct SparsifySm90Params {
   int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down, 0: branch = x comp_down
   float eps;                  // of the row scale
   float values_scale;         // of the stored values, where they are e4m3
+  // Only kernels with an activation read these.
+  CUtensorMap head;  // [m, head_k], boxes as of x; not read when head_k == 0
+  CUtensorMap gate;  // [m, k - head_k], boxes as of x; not read without a gate
+  int32_t head_k;    // columns of X that are head's, a multiple of 64; x has the k - head_k after them
 };
 
 struct SpmmParams {

@@ -1,0 +1,320 @@
+// sparsify_sm90: what sparsify.cu does, arranged for a GPU with clusters, wgmma and the copy engine. Two files of kernels are made of it.
+//
+// In sparsify.cu every 16 rows read all of comp_down from L2, which at rank 64 is four times the bytes of X. Here a block owns 64 rows, and the
+// cluster it belongs to shares K, so that there are enough blocks to fill the GPU. One warp copies stages to shared memory, eight work:
+//
+//             128 columns a stage
+//            +---------+---------+
+//   16 rows  | warp 0  | warp 4  |      X: two boxes of 64 x 64
+//   16 rows  | warp 1  | warp 5  |      comp_down: two boxes of 64 channels x rank
+//   16 rows  | warp 2  | warp 6  |      branch: wgmma, A (what the branch reads) from registers, B = comp_down
+//   16 rows  | warp 3  | warp 7  |
+//            +---------+---------+      block c of a cluster of n takes the 256-column blocks c, c + n, c + 2n, ..., two stages each
+//
+// A lane holds 16 neighbouring columns of a row, not the columns that wgmma's A fragment names. The order of k in a product is free as long as A
+// and B agree, so the copy engine puts the channels of comp_down into shared memory in the lanes' order. In k-step c of 16, A's fragment takes
+// from lane q the k = 2q + e and the k = 2q + 8 + e (e = 0, 1); there the lane puts its group c, columns 16q + 4c .. + 3:
+//
+//   column of X    16 q + 4 c + 2 h + e
+//   row of B       16 c + 8 h + 2 q + e        a copy over the dimensions e (2 channels), q (4, 16 apart), c and h together (8, 2 apart)
+//
+// At the end each block of the cluster sums its share of the rows over all blocks, through distributed shared memory, in a fixed order.
+//
+// With an activation (activation.cuh) X is made of what is read: its first head_k columns are those of `head`, the others act(x), or act(x) times
+// `gate`, which then has a place of its own in every stage.
+#pragma once
+
+#include "rtlynx/activation.cuh"
+#include "rtlynx/lane_tile.cuh"
+#include "rtlynx/ptx/cluster.cuh"
+#include "rtlynx/ptx/cp_async.cuh"
+#include "rtlynx/ptx/grid.cuh"
+#include "rtlynx/ptx/mbarrier.cuh"
+#include "rtlynx/ptx/tma.cuh"
+#include "rtlynx/ptx/wgmma.cuh"
+#include "rtlynx/ptx/wgmma_rs.cuh"
+
+namespace rtlynx {
+namespace {
+
+constexpr int kRowTiles = 4;                  // m16 tiles of a block
+constexpr int kRows = kRowTiles * kTileRows;  // rows of a block
+constexpr int kUnits = 2;                     // 64-column units of a stage, one for each warpgroup
+constexpr int kStagesPerBlock = kBlockCols / (kUnits * kWordCols);
+constexpr int kWarps = kRowTiles * kUnits;  // that work
+constexpr int kThreads = 32 * (kWarps + 1);
+constexpr int kMaxCluster = 8;                       // that every GPU with clusters accepts
+constexpr uint32_t kXBytes = kRows * kWordCols * 2;  // of a unit
+
+// A row of comp_down in shared memory is as long as its swizzle says.
+template <int kRankCapacity>
+constexpr ptx::Swizzle kDownSwizzle = kRankCapacity == 64   ? ptx::Swizzle::k128Bytes
+                                      : kRankCapacity == 32 ? ptx::Swizzle::k64Bytes
+                                                            : ptx::Swizzle::k32Bytes;
+
+// The ring of stages. A stage holds X of both units, then comp_down of both, then the gates of both if there are any. kRankCapacity: the branch
+// columns there are accumulators for. kCount is what lets two blocks share a multiprocessor, three without a branch.
+template <int kRankCapacity, bool kGated>
+struct Stages {
+  static constexpr int kCount = kGated ? 2 : kRankCapacity == 64 ? 3 : 4;
+  static constexpr uint32_t kDownBytes = kWordCols * kRankCapacity * 2;
+  static constexpr uint32_t kStageBytes = kUnits * ((kGated ? 2 : 1) * kXBytes + kDownBytes);
+  uint32_t base, barriers;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ uint32_t x(int unit) const { return base + stage * kStageBytes + unit * kXBytes; }
+  __device__ __forceinline__ uint32_t down(int unit) const { return base + stage * kStageBytes + kUnits * kXBytes + unit * kDownBytes; }
+  __device__ __forceinline__ uint32_t gate(int unit) const { return down(kUnits) + unit * kXBytes; }
+  __device__ __forceinline__ uint32_t full() const { return barriers + stage * 8; }
+  __device__ __forceinline__ uint32_t empty() const { return full() + kCount * 8; }
+  __device__ __forceinline__ void advance() {
+    if (++stage == kCount) stage = 0, parity ^= 1;
+  }
+};
+
+// The blocks of 256 columns that this thread block works on. Clusters start at different ones, so that they do not ask L2 for the same part of
+// comp_down at the same time.
+struct ColumnBlocks {
+  int first, stride, count, at;
+
+  __device__ __forceinline__ ColumnBlocks(int k, int cluster_rank, int cluster_size, int cluster)
+      : first(cluster_rank), stride(cluster_size) {
+    count = ((k + kBlockCols - 1) / kBlockCols - cluster_rank + cluster_size - 1) / cluster_size;
+    at = cluster % count;
+  }
+  // The first column of the next one.
+  __device__ __forceinline__ int next() {
+    const int column = (first + at * stride) * kBlockCols;
+    if (++at == count) at = 0;
+    return column;
+  }
+};
+
+// In a block of 256 columns unit u of stage s is the columns 64 (2u + s) .., so that a lane's two words of it stand side by side.
+__device__ __forceinline__ int unit_column(int block_column, int unit, int s) {
+  return block_column + (unit * kStagesPerBlock + s) * kWordCols;
+}
+
+template <Activation kActivation, int kRankCapacity, bool kGated>
+__device__ __forceinline__ void copy_stages(const SparsifySm90Params& p, Stages<kRankCapacity, kGated> stages, ColumnBlocks blocks,
+                                            int block_row, int n0) {
+  using Ring = Stages<kRankCapacity, kGated>;
+  for (int i = 0; i < blocks.count; ++i) {
+    const int block_column = blocks.next();
+#pragma unroll
+    for (int s = 0; s < kStagesPerBlock; ++s) {
+      ptx::mbarrier_wait(stages.empty(), stages.parity ^ 1);
+      uint32_t bytes = Ring::kStageBytes;
+      if constexpr (kGated) {  // the head has no gate
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) bytes -= unit_column(block_column, unit, s) < p.head_k ? kXBytes : 0;
+      }
+      ptx::mbarrier_arrive_expect(stages.full(), bytes);
+#pragma unroll
+      for (int unit = 0; unit < kUnits; ++unit) {
+        const int column = unit_column(block_column, unit, s);
+        if constexpr (kActivation == Activation::kNone) {
+          ptx::tma_load_2d(stages.x(unit), p.x, column, block_row, stages.full());
+        } else if (column < p.head_k) {
+          ptx::tma_load_2d(stages.x(unit), p.head, column, block_row, stages.full());
+        } else {
+          ptx::tma_load_2d(stages.x(unit), p.x, column - p.head_k, block_row, stages.full());
+          if constexpr (kGated) ptx::tma_load_2d(stages.gate(unit), p.gate, column - p.head_k, block_row, stages.full());
+        }
+        if constexpr (kRankCapacity > 0) ptx::tma_load_5d(stages.down(unit), p.comp_down, n0, column / kWordCols, stages.full());
+      }
+      stages.advance();
+    }
+  }
+}
+
+// The lane's part of one row of a 64 x 64 box: 32 bytes, which the copy engine has swizzled.
+__device__ __forceinline__ void read_row(uint32_t box, int row, int q, uint32_t (&pairs)[kLanePairs]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t* r = pairs + 4 * i;
+    const uint32_t address = box + row * 128 + ((2 * q + i) ^ (row & 7)) * 16;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+  }
+}
+
+// Its part of the rows `row` and row + 8 of X: of the box, or with an activation what that makes of the box and of the gate's.
+template <class T, Activation kActivation>
+__device__ __forceinline__ LaneTile read_tile(uint32_t box, uint32_t gate_box, bool of_head, int row, int q) {
+  LaneTile tile;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t (&pairs)[kLanePairs] = tile.pairs[half];
+    read_row(box, row + 8 * half, q, pairs);
+    if constexpr (kActivation == Activation::kGeluTanh) {
+      if (!of_head) gelu_tanh<T>(pairs);
+    } else if constexpr (kActivation == Activation::kSiluGate) {
+      if (!of_head) {
+        uint32_t gate[kLanePairs];
+        read_row(gate_box, row + 8 * half, q, gate);
+        silu_gate<T>(pairs, gate);
+      }
+    }
+  }
+  return tile;
+}
+
+// Issues d += a · comp_down over a unit.
+template <class T, ptx::Swizzle kSwizzle, int kCount>
+__device__ __forceinline__ void project(uint32_t tile, const LaneTile& a, float (&d)[kCount]) {
+  const uint64_t b = ptx::matrix_descriptor<kSwizzle>(tile);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int c = 0; c < kLaneGroups; ++c) {
+    const uint32_t fragment[4] = {a.pairs[0][2 * c], a.pairs[1][2 * c], a.pairs[0][2 * c + 1], a.pairs[1][2 * c + 1]};
+    ptx::wgmma_rs_k16_rows(T{}, d, fragment, ptx::advanced(b, c * 16 * kCount * 4));
+  }
+  ptx::wgmma_commit();
+}
+
+// Sums what stands at this shared address, and `unit_bytes` further for each further unit, in every block of the cluster. All loads are in flight
+// at once; the order of the additions is fixed.
+__device__ __forceinline__ float2 sum_over_cluster(uint32_t shared, uint32_t unit_bytes, int clusters) {
+  float2 parts[kMaxCluster][kUnits];
+#pragma unroll
+  for (int c = 0; c < kMaxCluster; ++c) {
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) {
+      parts[c][unit] = c < clusters ? ptx::load_shared_of(shared + unit * unit_bytes, c) : float2{};
+    }
+  }
+  float2 sum = {};
+#pragma unroll
+  for (int c = 0; c < kMaxCluster; ++c) {
+#pragma unroll
+    for (int unit = 0; unit < kUnits; ++unit) sum.x += parts[c][unit].x, sum.y += parts[c][unit].y;
+  }
+  return sum;
+}
+
+// A rank larger than the capacity is split over blockIdx.y; only blocks with blockIdx.y == 0 write what does not belong to the branch.
+template <class T, class Operand, int kRankCapacity, Activation kActivation>
+__device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
+  constexpr bool kGated = kActivation == Activation::kSiluGate;
+  using Ring = Stages<kRankCapacity, kGated>;
+  constexpr int kCount = kRankCapacity ? kRankCapacity / 2 : 4;  // accumulators of a lane: 2 rows x a quarter of the columns
+  static_assert(kUnits * kRows * kRankCapacity * 4 <= Ring::kCount * Ring::kStageBytes, "the partial branch takes the place of the stages");
+  __shared__ __align__(8) float2 norms[kUnits][kRows];  // ‖X‖² and ‖S(X)‖² over this block's columns
+  __shared__ __align__(8) uint64_t barriers[2 * Ring::kCount];
+  extern __shared__ __align__(1024) uint8_t memory[];  // the stages; at the end the partial branch, [kUnits][kRows][kRankCapacity] floats
+  Ring ring{ptx::shared_address(memory), ptx::shared_address(barriers)};
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int clusters = ptx::cluster_size(), rank = ptx::cluster_rank(), cluster = blockIdx.x / clusters;
+  const int block_row = cluster * kRows, n0 = blockIdx.y * kRankCapacity;
+  const bool writes_selection = blockIdx.y == 0;
+  ColumnBlocks blocks(p.k, rank, clusters, cluster);
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Ring::kCount; ++s) {
+      ptx::mbarrier_init(ring.barriers + s * 8, 1);
+      ptx::mbarrier_init(ring.barriers + (Ring::kCount + s) * 8, kWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  ptx::let_next_grid_start();  // the GEMM waits for the results itself
+  __syncthreads();
+
+  float d[kCount] = {};
+  if (warp == kWarps) {
+    if (lane == 0) copy_stages<kActivation>(p, ring, blocks, block_row, n0);
+    __syncwarp();
+  } else {
+    const int row_tile = warp % kRowTiles, unit = warp / kRowTiles;
+    const int row0 = block_row + row_tile * kTileRows, row = row0 + g;
+    float norm[2] = {}, norm_kept[2] = {};
+    for (int i = 0; i < blocks.count; ++i) {
+      const int block_column = blocks.next();
+      uint32_t words[kStagesPerBlock];
+#pragma unroll
+      for (int s = 0; s < kStagesPerBlock; ++s) {
+        const int col0 = unit_column(block_column, unit, s), col = col0 + q * kLaneCols;
+        words[s] = kPaddingWord;
+        ptx::mbarrier_wait(ring.full(), ring.parity);
+        if (col0 < p.k) {
+          const int box_row = row_tile * kTileRows + g;
+          LaneTile x = read_tile<T, kActivation>(ring.x(unit), ring.gate(unit), col0 < p.head_k, box_row, q);
+          if (p.shift) subtract_shift<T>(p, row, col, x);
+          const SelectedTile<T> selected(p, col, x);
+          if constexpr (kRankCapacity > 0) project<T, kDownSwizzle<kRankCapacity>>(ring.down(unit), selected.branch_input, d);
+          words[s] = stored_word<Operand>(selected.word);
+          if (writes_selection) selected.template store_values<Operand>(p, row, col);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
+          if constexpr (kRankCapacity > 0) {
+            ptx::wgmma_wait<0>();
+            ptx::pin_registers(d);
+          }
+        }
+        if (lane == 0) ptx::mbarrier_arrive(ring.empty());
+        ring.advance();
+      }
+      if (writes_selection) {
+        auto* target = p.metadata + metadata_index(row0, unit_column(block_column, unit, 0), lane, p.m);
+        __stcg(reinterpret_cast<uint2*>(target), make_uint2(words[0], words[1]));
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float all = sum_over_quad(norm[half]), kept = sum_over_quad(norm_kept[half]);
+      if (q == 0) norms[unit][row_tile * kTileRows + g + 8 * half] = {all, kept};
+    }
+  }
+
+  if constexpr (kRankCapacity > 0) {
+    __syncthreads();  // all stages have been read
+    float* partial = reinterpret_cast<float*>(memory);
+    if (warp < kWarps) {
+#pragma unroll
+      for (int i = 0; i < kCount / 2; ++i) {  // d[4j + 2·half ..]: row g + 8·half, columns 8j + 2q and + 1
+        const int r = warp % kRowTiles * kTileRows + g + 8 * (i % 2), n = i / 2 * 8 + 2 * q;
+        *reinterpret_cast<float2*>(partial + (warp / kRowTiles * kRows + r) * kRankCapacity + n) = {d[2 * i], d[2 * i + 1]};
+      }
+    }
+  }
+  ptx::cluster_sync();
+
+  // This block's share of the 64 rows, summed over the cluster's blocks and the units.
+  const int share = (kRows + clusters - 1) / clusters, first = rank * share, last = min(first + share, kRows);
+  if (p.row_scale && writes_selection) {
+    for (int r = first + threadIdx.x; r < last; r += kThreads) {
+      const float2 sum = sum_over_cluster(ptx::shared_address(&norms[0][r]), sizeof(norms[0]), clusters);
+      if (block_row + r < p.m) p.row_scale[block_row + r] = sqrtf(sum.x / (sum.y + p.eps));
+    }
+  }
+  if constexpr (kRankCapacity > 0) {
+    for (int i = first * kRankCapacity / 2 + threadIdx.x; i < last * kRankCapacity / 2; i += kThreads) {
+      const int r = i / (kRankCapacity / 2), n = i % (kRankCapacity / 2) * 2;
+      if (block_row + r >= p.m || n0 + n >= p.rank) continue;
+      const float2 sum = sum_over_cluster(ring.base + (r * kRankCapacity + n) * 4, kRows * kRankCapacity * 4, clusters);
+      auto* target = static_cast<uint16_t*>(p.branch) + static_cast<int64_t>(block_row + r) * p.rank + n0 + n;
+      *reinterpret_cast<uint32_t*>(target) = T::pack(sum.x, sum.y);
+    }
+  }
+  ptx::cluster_sync();  // no block leaves while another reads its shared memory
+}
+
+}  // namespace
+}  // namespace rtlynx
+
+#define RTLYNX_SPARSIFY(name, T, Operand, rank_capacity, activation)                                     \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity ? 2 : 3)                  \
+      name(const __grid_constant__ rtlynx::SparsifySm90Params p) {                                       \
+    rtlynx::sparsify_sm90<rtlynx::T, rtlynx::Operand, rank_capacity, rtlynx::Activation::activation>(p); \
+  }
+#define RTLYNX_SPARSIFY_RANKS(prefix, T, Operand, suffix, activation) \
+  RTLYNX_SPARSIFY(prefix##_r0##suffix, T, Operand, 0, activation)     \
+  RTLYNX_SPARSIFY(prefix##_r16##suffix, T, Operand, 16, activation)   \
+  RTLYNX_SPARSIFY(prefix##_r32##suffix, T, Operand, 32, activation)   \
+  RTLYNX_SPARSIFY(prefix##_r64##suffix, T, Operand, 64, activation)
+#define RTLYNX_SPARSIFY_TYPES(suffix, activation)                               \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16, Bf16, Bf16, suffix, activation)     \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16, F16, F16, suffix, activation)        \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16e4m3, Bf16, E4m3, suffix, activation) \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16e4m3, F16, E4m3, suffix, activation)
