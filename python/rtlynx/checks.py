@@ -75,7 +75,7 @@ def check_sparsify(
     if k == 0 or k % K_MULTIPLE:
         raise InvalidArgumentError(op, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
     if activation != "none" or gate is not None:
-        _check_activation(op, x, activation, gate)
+        check_activation(op, x, activation, gate)
     if head is not None:
         check(op, "head", head, (x.shape[0], None), x.dtype, x.device)
         if head.shape[1] % K_MULTIPLE:
@@ -100,7 +100,8 @@ def check_sparsify(
     return k
 
 
-def _check_activation(op: str, x: Tensor, activation: str, gate: Tensor | None) -> None:
+def check_activation(op: str, x: Tensor, activation: str, gate: Tensor | None) -> None:
+    """Refuse an activation that there is not, and a gate that does not go with it."""
     if activation not in _ACTIVATIONS:
         raise InvalidArgumentError(op, "activation", repr(activation), f"one of {', '.join(map(repr, _ACTIVATIONS))}")
     gated = activation == "silu_gate"

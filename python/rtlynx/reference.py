@@ -68,7 +68,7 @@ def metadata_shape(m: int, k: int) -> tuple[int, int, int, int]:
 
 
 def activated(x: Tensor, activation: Activation = "none", gate: Tensor | None = None, head: Tensor | None = None) -> Tensor:
-    """``X = cat([head, act(x)], 1)``, what `sparsify` selects from; act in float32, rounded once to ``x.dtype``.
+    """``X = cat([head, act(x)], -1)``, what `sparsify` selects from; act in float32, rounded once to ``x.dtype``.
 
     Args:
         x: ``(M, K - K0)`` of dtype T.
@@ -82,10 +82,10 @@ def activated(x: Tensor, activation: Activation = "none", gate: Tensor | None = 
     """
     if activation == "silu_gate":
         assert gate is not None
-        x = (F.silu(x.float()) * gate.float()).to(x.dtype)
+        x = (F.silu(x.float()) * gate).to(x.dtype)
     elif activation != "none":
-        x = F.gelu(x.float(), approximate=_GELU[activation]).to(x.dtype)
-    return x if head is None else torch.cat([head, x], 1)
+        x = F.gelu(x, approximate=_GELU[activation])  # which torch computes in float32
+    return x if head is None else torch.cat([head, x], -1)
 
 
 def activated_backward(
