@@ -14,6 +14,7 @@ from rtlynx.dense_steps import check_clock, install_dense_steps
 from rtlynx.eligibility import Candidate, candidates, linear_layers, target_modules
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fused_projections import keep_fused_sparse
+from rtlynx.fusions import install_fusions
 from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipe_file import read_recipe
@@ -67,6 +68,7 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
         _replace(root, replaced[root])
         share_inputs(root, config.share_inputs)
         keep_fused_sparse(root)
+        install_fusions(root, config.fuse)
         refresh_with_adapters(root)
         install_dense_steps(root, config)
         install_bias_groups(root)
@@ -96,6 +98,7 @@ def remove(pipe_or_module: T) -> T:
     for root, new in replaced.items():
         install_dense_steps(root, None)
         remove_bias_groups(root)
+        install_fusions(root, False)
         _replace(root, new)
         root.__dict__.pop(_CONFIG, None)
     return pipe_or_module

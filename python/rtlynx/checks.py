@@ -5,15 +5,16 @@ It runs before every launch: what it builds in words it builds only to refuse.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from rtlynx.errors import InvalidArgumentError
-from rtlynx.reference import E4M3, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, metadata_shape
+from rtlynx.reference import E4M3, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, Activation, metadata_shape
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_ACTIVATIONS = get_args(Activation)
 _ALIGNMENT = 16  # bytes: the kernels load and store 16 at a time
 
 
@@ -61,8 +62,11 @@ def check_sparsify(
     branch_input: str,
     values_dtype: torch.dtype | None,
     values_scale: float,
-) -> None:
-    """Refuse arguments of `rtlynx.ops.sparsify` that do not fit."""
+    activation: str,
+    gate: Tensor | None,
+    head: Tensor | None,
+) -> int:
+    """Refuse arguments of `rtlynx.ops.sparsify` that do not fit; returns K."""
     op = "sparsify"
     if x.dim() != 2:
         raise InvalidArgumentError(op, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
@@ -70,6 +74,13 @@ def check_sparsify(
     k = x.shape[1]
     if k == 0 or k % K_MULTIPLE:
         raise InvalidArgumentError(op, "x", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
+    if activation != "none" or gate is not None:
+        check_activation(op, x, activation, gate)
+    if head is not None:
+        check(op, "head", head, (x.shape[0], None), x.dtype, x.device)
+        if head.shape[1] % K_MULTIPLE:
+            raise InvalidArgumentError(op, "head", f"{head.shape[1]} channels", f"a multiple of {K_MULTIPLE}")
+        k += head.shape[1]
     if score is not None:
         check(op, "score", score, (k,), torch.float32, x.device)
     if shift is not None:
@@ -86,6 +97,19 @@ def check_sparsify(
         raise InvalidArgumentError(op, "values_dtype", values_dtype, f"None or {E4M3}")
     elif not 0 < values_scale < float("inf"):
         raise InvalidArgumentError(op, "values_scale", values_scale, "a positive finite number")
+    return k
+
+
+def check_activation(op: str, x: Tensor, activation: str, gate: Tensor | None) -> None:
+    """Refuse an activation that there is not, and a gate that does not go with it."""
+    if activation not in _ACTIVATIONS:
+        raise InvalidArgumentError(op, "activation", repr(activation), f"one of {', '.join(map(repr, _ACTIVATIONS))}")
+    gated = activation == "silu_gate"
+    if gated != (gate is not None):
+        got, expected = ("None", "a tensor") if gated else ("a tensor", "None")
+        raise InvalidArgumentError(op, "gate", got, f"{expected}, since `activation` is {activation!r}")
+    if gate is not None:
+        check(op, "gate", gate, tuple(x.shape), x.dtype, x.device)
 
 
 def check_sparse_linear(
@@ -160,3 +184,8 @@ def rows_readable(x: Tensor) -> bool:
     """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
     row, column = x.stride()
     return column == 1 and row >= x.shape[1] and row * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy of it that the kernel can read."""
+    return x if rows_readable(x) else x.clone(memory_format=torch.contiguous_format)

@@ -44,6 +44,8 @@ class SparsityConfig:
             half again the memory of the sparse layers' weights, and has no gradient. A compensation fitted under one serves the other.
         share_inputs: Whether layers that read one tensor (q, k and v) select from it once and hold what selection needs in common. Not with
             offloading that moves single layers ahead of time (``offload_type="leaf_level", use_stream=True``).
+        fuse: Whether blocks that `rtlynx.fusions` knows hand a layer what is there before the activation (and concatenation) before it:
+            the layer's selection then does both, and neither is written to memory.
 
     Raises:
         InvalidArgumentError: A value is not one of those above, or a pattern is malformed.
@@ -61,6 +63,7 @@ class SparsityConfig:
     small_m: SmallM = "dense"
     precision: Precision = "model"
     share_inputs: bool = True
+    fuse: bool = True
 
     def __post_init__(self) -> None:
         if self.include is not None:
@@ -74,14 +77,15 @@ class SparsityConfig:
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("small_m", self.small_m, get_args(SmallM))
         _one_of("precision", self.precision, get_args(Precision))
-        for name in ("norm_compensation", "share_inputs"):
+        for name in ("norm_compensation", "share_inputs", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError("SparsityConfig", name, repr(getattr(self, name)), "True or False")
 
     def same_arithmetic(self, other: SparsityConfig) -> bool:
         """Whether a compensation fitted under ``other`` is also right under this one (which layers, ranks and precision may differ).
 
-        A compensation makes up for what selection drops, and in fp8 the same channels are selected and the branch is the same.
+        A compensation makes up for what selection drops, and in fp8 the same channels are selected and the branch is the same. So they are
+        where the activation before is fused.
         """
         fields = ("branch", "selection", "norm_compensation")
         return all(getattr(self, field) == getattr(other, field) for field in fields)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtlynx import ops
+from rtlynx.checks import check_activation
 from rtlynx.config import Branch, Precision, Selection, SmallM, SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, quantize_weight
 from rtlynx.least_tokens import least_tokens
-from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE
+from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE, Activation, activated
 
 if TYPE_CHECKING:
     from rtlynx.sharing import InputGroup
@@ -279,7 +280,7 @@ class SparseLinear(nn.Linear):
         self.register_buffer(name, prepared, persistent=prepared is None)
 
     def selection_inputs(self) -> SelectionInputs:
-        """All that its selection depends on but the input: the permutation, then the arguments of `rtlynx.ops.sparsify` after ``x``."""
+        """All that its selection depends on but the input: the permutation, then `rtlynx.ops.sparsify`'s arguments from `score` on."""
         branch_input = "input" if self.branch == "input" else "dropped"
         buffers = self._buffers  # read with every call, and three times as fast as attributes
         values = (E4M3, self._values_scale) if self.precision == "fp8" else (None, 1.0)
@@ -310,12 +311,58 @@ class SparseLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``(..., K)`` → ``(..., N)``, same dtype."""
         tokens = input.shape[:-1]
-        if self.dense or self.dense_step or (self.small_m == "dense" and tokens.numel() < self.least_tokens(input.device)):
+        if self._is_dense_now(tokens.numel(), input.device):
             return F.linear(input, self.weight, self.bias)
         if torch.compiler.is_compiling() or self.input_group is None or self.sharing == 1:
-            values, metadata, row_scale, branch = self._select(input)
+            selected = self._select(input)
         else:
-            values, metadata, row_scale, branch = self.input_group.select(self, input, self._select)
+            selected = self.input_group.select(self, input, self._select)
+        return self._multiply(selected, input.dtype, tokens)
+
+    def forward_activated(
+        self, x: Tensor, activation: Activation = "none", gate: Tensor | None = None, head: Tensor | None = None
+    ) -> Tensor:
+        """What the layer gives for ``cat([head, act(x)], -1)``, which is not written to memory where the layer can take it `in_selection`.
+
+        Hooks on the layer do not run, as in a call of `forward`.
+
+        Args:
+            x: ``(..., K - K0)``, K0 a multiple of 64: the channels of `head`, 0 without it. Rows may be apart, as those of a chunk are.
+            activation: See `rtlynx.reference.activated`, as for the others.
+            gate: ``(..., K - K0)`` of the same dtype with ``"silu_gate"``, else None.
+            head: ``(..., K0)`` of the same dtype, or None.
+
+        Returns:
+            ``(..., N)``, same dtype.
+
+        Raises:
+            InvalidArgumentError: An argument does not fit.
+        """
+        if self.in_selection(x.shape[:-1].numel(), x.device):
+            return self.select_activated(x, activation, gate, head)
+        check_activation("SparseLinear.forward_activated", x, activation, gate)
+        return self.forward(activated(x, activation, gate, head))
+
+    def in_selection(self, tokens: int, device: torch.device) -> bool:
+        """Whether a selection from so many tokens can take in what comes before it.
+
+        Not where there is none, nor where others select from the same tensor or channels are gathered first.
+        """
+        return not (self.sharing > 1 or self._buffers["permutation"] is not None or self._is_dense_now(tokens, device))
+
+    def select_activated(self, x: Tensor, activation: Activation, gate: Tensor | None = None, head: Tensor | None = None) -> Tensor:
+        """`forward_activated` for who has asked `in_selection`."""
+        _, *arguments = self.selection_inputs()
+        gate, head = None if gate is None else _rows(gate), None if head is None else _rows(head)
+        selected = ops.sparsify(_rows(x), *arguments, activation, gate, head)  # type: ignore[call-arg]  # mypy cannot count them
+        return self._multiply(selected, x.dtype, x.shape[:-1])
+
+    def _is_dense_now(self, tokens: int, device: torch.device) -> bool:
+        return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
+
+    def _multiply(self, selected: ops.Sparsified, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
+        """The product and all that is added to it; ``tokens`` are the leading dimensions of the output."""
+        values, metadata, row_scale, branch = selected
         # An attribute that is a parameter is slow to read: each once.
         weight, bias, comp_up, comp_bias, sparse_weight = self.weight, self.bias, self.comp_up, self.comp_bias, self.sparse_weight
         if sparse_weight is not None:
@@ -323,7 +370,7 @@ class SparseLinear(nn.Linear):
         weight_scale = out_dtype = None
         if self.precision == "fp8":
             weight, weight_scale = self._prepared_for(weight)
-            out_dtype = input.dtype
+            out_dtype = dtype
         if comp_bias is not None:
             if comp_bias.dim() == 2:
                 comp_bias = self._bias_now(comp_bias)  # type: ignore[assignment]
@@ -358,7 +405,7 @@ class SparseLinear(nn.Linear):
 
     def _select(self, input: Tensor) -> ops.Sparsified:
         permutation, *arguments = self.selection_inputs()
-        x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        x = _rows(input)
         if permutation is not None:
             x = x.index_select(1, permutation)
         return ops.sparsify(x, *arguments)
@@ -431,6 +478,11 @@ class SparseLinear(nn.Linear):
 
     def _room_for(self, value: Tensor | None) -> nn.Parameter | None:
         return None if value is None else nn.Parameter(self.weight.new_zeros(value.shape), requires_grad=False)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(..., n)`` as ``(M, n)``."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _take_over(new: nn.Linear, old: nn.Linear) -> None:

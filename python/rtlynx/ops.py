@@ -19,14 +19,15 @@ from rtlynx.direct import direct
 from rtlynx.errors import DeviceError, InvalidArgumentError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.inductor import share_selections
-from rtlynx.reference import E4M3, EPS, BranchInput, Sparsified, metadata_shape
+from rtlynx.reference import E4M3, EPS, Activation, BranchInput, Sparsified, metadata_shape
 
 __all__ = ["Sparsified", "sparse_linear", "sparsify"]
 
 _library = torch.library.Library("rtlynx", "DEF")
 _library.define(
     "sparsify(Tensor x, Tensor? score, Tensor? shift, Tensor? comp_down, str branch_input, bool norm_compensation, float eps,"
-    " ScalarType? values_dtype=None, float values_scale=1.0) -> (Tensor, Tensor, Tensor, Tensor)"
+    ' ScalarType? values_dtype=None, float values_scale=1.0, str activation="none", Tensor? gate=None, Tensor? head=None)'
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
@@ -44,18 +45,23 @@ def sparsify(
     eps: float = EPS,
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
+    activation: Activation = "none",
+    gate: Tensor | None = None,
+    head: Tensor | None = None,
 ) -> Sparsified:
     """Keep the 2 largest of every 4 channels of each token and compress them; in the same pass measure the row and feed the branch.
 
-    With ``X' = x - shift`` (float32, rounded to T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
+    With ``X = cat([head, act(x)], 1)`` (act in float32, rounded to T; without `activation` and `head` it is x), ``X' = X - shift``
+    (float32, rounded to T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
 
         s      = sqrt(‖X'‖² / (‖S(X')‖² + eps))        norm compensation of RT-Lynx (arXiv 2605.26632); 1 when it is off
         branch = X' · comp_down                        branch_input = "input": the paper's branch
                = (X' - S(X')) · comp_down              branch_input = "dropped": split, a branch on what selection dropped
 
     Args:
-        x: ``(M, K)`` of dtype T: bfloat16 or float16, also float32 on the CPU. K a multiple of 64, any M ≥ 0. Copied if its last dimension
-            is strided or its rows are not 16-byte aligned; a strided first dimension is read in place.
+        x: ``(M, K - K0)`` of dtype T: bfloat16 or float16, also float32 on the CPU. K and K0 multiples of 64, K0 the channels of `head`
+            (0 without it), any M ≥ 0. Copied if its last dimension is strided or its rows are not 16-byte aligned; a strided first
+            dimension is read in place. The same goes for `gate` and `head`.
         score: optional ``(K,)`` float32 factor on the magnitudes that selection compares. Values are stored without it.
         shift: optional ``(K,)`` float32 vector subtracted first; add ``shift · Wᵀ`` to the bias.
         comp_down: optional ``(K, r)`` of dtype T, r a multiple of 16 up to 128; row k holds the coefficients of channel k.
@@ -64,6 +70,10 @@ def sparsify(
         eps: ε of the row scale.
         values_dtype: ``torch.float8_e4m3fn`` to store the kept values in fp8; None: in T. Selection, row scale and branch are the same.
         values_scale: what kept values are multiplied by before they are rounded to fp8; 1 without fp8.
+        activation: what is done to x before: ``"none"``, ``"gelu_tanh"`` (GELU in its tanh approximation), ``"gelu"`` (by erf), or
+            ``"silu_gate"`` (``silu(x) · gate``). `head` is taken as it is.
+        gate: ``(M, K - K0)`` of dtype T with ``"silu_gate"``, else None.
+        head: optional ``(M, K0)`` of dtype T, the channels before those of x.
 
     Returns:
         `Sparsified`: values ``(M, K/2)``, metadata int32, row_scale ``(M,)`` float32 (``(0,)`` when off), branch ``(M, r)`` (``(M, 0)``
@@ -77,8 +87,9 @@ def sparsify(
         InvalidArgumentError: a dtype, shape or device does not fit; nothing has been launched.
         DeviceError: the GPU path cannot run on this machine.
     """
-    arguments = x, score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
-    if direct(x, score, shift, comp_down):
+    selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
+    arguments = x, *selection, activation, gate, head
+    if direct(x, score, shift, comp_down, gate, head):
         return _sparsify_cuda(*arguments)
     return Sparsified(*torch.ops.rtlynx.sparsify(*arguments))
 
@@ -152,13 +163,17 @@ def _sparsify_cpu(
     eps: float,
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
+    activation: Activation = "none",
+    gate: Tensor | None = None,
+    head: Tensor | None = None,
 ) -> Sparsified:
-    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
-    return reference.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale)
+    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
+    selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
+    return reference.sparsify(x, *selection, activation, gate, head)
 
 
-def _sparsify_outputs(x: Tensor, comp_down: Tensor | None, norm_compensation: bool, values_dtype: torch.dtype | None) -> Sparsified:
-    m, k = x.shape
+def _sparsify_outputs(x: Tensor, k: int, comp_down: Tensor | None, norm_compensation: bool, values_dtype: torch.dtype | None) -> Sparsified:
+    m = x.shape[0]
     return Sparsified(
         x.new_empty(m, k // 2, dtype=values_dtype),
         x.new_empty(*metadata_shape(m, k), dtype=torch.int32),
@@ -177,10 +192,13 @@ def _sparsify_fake(
     eps: float,
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
+    activation: Activation = "none",
+    gate: Tensor | None = None,
+    head: Tensor | None = None,
 ) -> Sparsified:
-    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
+    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
     share_selections()
-    return _sparsify_outputs(x, comp_down, norm_compensation, values_dtype)
+    return _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
 
 
 def _sparsify_cuda(
@@ -193,13 +211,17 @@ def _sparsify_cuda(
     eps: float,
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
+    activation: Activation = "none",
+    gate: Tensor | None = None,
+    head: Tensor | None = None,
 ) -> Sparsified:
     op = "sparsify"
-    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale)
-    if not checks.rows_readable(x):
-        x = x.clone(memory_format=torch.contiguous_format)
-    out = _sparsify_outputs(x, comp_down, norm_compensation, values_dtype)
-    m, k = x.shape
+    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
+    if activation != "none" or head is not None:  # no kernel reads x, gate and head as they are
+        x = reference.activated(x, activation, gate, head)
+    x = checks.readable(x)
+    out = _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
+    m = x.shape[0]
     if m == 0:
         return out
     values, metadata, row_scale, branch = out
@@ -229,30 +251,31 @@ def _sparsify_cuda(
 
 
 def _sparsify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, shift, comp_down, branch_input, _, _, values_dtype, _ = inputs
+    x, _, shift, comp_down, branch_input, _, _, values_dtype, _, activation, gate, head = inputs
     _, metadata, _, _ = output
-    ctx.save_for_backward(x, shift, comp_down, metadata)
-    ctx.branch_input, ctx.values_dtype = branch_input, values_dtype
+    ctx.save_for_backward(x, shift, comp_down, gate, head, metadata)  # the activation is computed again, not kept
+    ctx.branch_input, ctx.values_dtype, ctx.activation = branch_input, values_dtype, activation
 
 
 def _sparsify_backward(
     ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_scale: Tensor, grad_branch: Tensor
 ) -> tuple[Tensor | None, ...]:
     _refuse_fp8_gradient("sparsify", ctx.values_dtype)
-    x, shift, comp_down, metadata = ctx.saved_tensors
-    m, k = x.shape
-    columns = reference.kept_columns(metadata, m, k)
-    grad_x = torch.zeros_like(x).scatter_(1, columns, grad_values)
+    x, shift, comp_down, gate, head, metadata = ctx.saved_tensors
+    m, half = grad_values.shape
+    columns = reference.kept_columns(metadata, m, half * 2)
+    grad = grad_values.new_zeros(m, half * 2).scatter_(1, columns, grad_values)
     grad_down = None
     if comp_down is not None:
-        z = reference.shifted(x, shift)
+        z = reference.shifted(reference.activated(x, ctx.activation, gate, head), shift)
         grad_z = grad_branch @ comp_down.T
         if ctx.branch_input == "dropped":
             z, grad_z = z.scatter(1, columns, 0), grad_z.scatter(1, columns, 0)
-        grad_x = grad_x + grad_z
+        grad = grad + grad_z
         grad_down = z.T @ grad_branch
-    grad_shift = -grad_x.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-    return grad_x, None, grad_shift, grad_down, *[None] * 5
+    grad_shift = -grad.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+    grad_x, grad_gate, grad_head = reference.activated_backward(grad, x, ctx.activation, gate, head)
+    return grad_x, None, grad_shift, grad_down, *[None] * 6, grad_gate, grad_head
 
 
 def _refuse_fp8_gradient(op: str, values_dtype: torch.dtype | None) -> None:

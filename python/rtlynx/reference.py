@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BranchInput = Literal["input", "dropped"]
+Activation = Literal["none", "gelu_tanh", "gelu", "silu_gate"]
+"""What `sparsify` does to its input before it selects; see `activated`."""
 
 GROUP = 4
 """Channels per 2:4 group; 2 of them are kept."""
@@ -37,6 +40,7 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 """The largest finite e4m3 number."""
 
+_GELU = {"gelu_tanh": "tanh", "gelu": "none"}  # activation → what torch calls its approximation
 _ZERO_GROUP_NIBBLE = 0b0100  # positions (0, 1): what an all-zero group selects, hence also the padding
 _E4M3_NAN = 0x7F  # of either sign, as the GPU's conversion gives it
 
@@ -61,6 +65,46 @@ class Sparsified(NamedTuple):
 def metadata_shape(m: int, k: int) -> tuple[int, int, int, int]:
     """Shape of the metadata tensor of an ``(m, k)`` activation: K blocks, 16-row tiles, lanes, words."""
     return (-(-k // BLOCK_COLS), -(-m // PADDED_ROWS) * (PADDED_ROWS // TILE_ROWS), 32, 4)
+
+
+def activated(x: Tensor, activation: Activation = "none", gate: Tensor | None = None, head: Tensor | None = None) -> Tensor:
+    """``X = cat([head, act(x)], -1)``, what `sparsify` selects from; act in float32, rounded once to ``x.dtype``.
+
+    Args:
+        x: ``(M, K - K0)`` of dtype T.
+        activation: ``"none"``: x as it is. ``"gelu_tanh"``: GELU in its tanh approximation. ``"gelu"``: GELU itself, by erf.
+            ``"silu_gate"``: ``x · sigmoid(x) · gate``.
+        gate: ``(M, K - K0)`` of dtype T with ``"silu_gate"``, else None.
+        head: ``(M, K0)`` of dtype T, channels that come before and are taken as they are; None: K0 is 0.
+
+    Returns:
+        ``(M, K)`` of dtype T; ``x`` itself where there is nothing to do.
+    """
+    if activation == "silu_gate":
+        assert gate is not None
+        x = (F.silu(x.float()) * gate).to(x.dtype)
+    elif activation != "none":
+        x = F.gelu(x, approximate=_GELU[activation])  # which torch computes in float32
+    return x if head is None else torch.cat([head, x], -1)
+
+
+def activated_backward(
+    grad: Tensor, x: Tensor, activation: Activation, gate: Tensor | None, head: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, gate and head from that of ``activated(x, activation, gate, head)``."""
+    grad_head = grad_gate = None
+    if head is not None:
+        grad_head, grad = grad.split([head.shape[1], x.shape[1]], 1)
+    if activation == "none":
+        return grad, None, grad_head
+    grad, wide = grad.float(), x.float()
+    if activation == "silu_gate":
+        assert gate is not None
+        grad_gate = (grad * F.silu(wide)).to(x.dtype)
+        grad = torch.ops.aten.silu_backward(grad * gate.float(), wide)
+    else:
+        grad = torch.ops.aten.gelu_backward(grad, wide, approximate=_GELU[activation])
+    return grad.to(x.dtype), grad_gate, grad_head
 
 
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
@@ -178,10 +222,13 @@ def sparsify(
     eps: float = EPS,
     values_dtype: torch.dtype | None = None,
     values_scale: float = 1.0,
+    activation: Activation = "none",
+    gate: Tensor | None = None,
+    head: Tensor | None = None,
 ) -> Sparsified:
     """Select, compress, measure and project: see `rtlynx.ops.sparsify`, whose semantics this defines.
 
-    With ``X' = x - shift`` and ``S`` the selection::
+    With ``X`` as in `activated`, ``X' = X - shift`` and ``S`` the selection::
 
         row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
         branch    = X' · comp_down                  for branch_input = "input"    (the paper's branch)
@@ -190,8 +237,8 @@ def sparsify(
     With ``values_dtype = float8_e4m3fn`` the kept values are stored as ``e4m3(float32(x') · values_scale)``; selection, row scale and
     branch are of the unrounded X' all the same.
     """
-    m, k = x.shape
-    x = shifted(x, shift)
+    x = shifted(activated(x, activation, gate, head), shift)
+    k = x.shape[1]
     mask = keep_mask(x, score)
     positions = kept_positions(mask)
     columns = (positions + torch.arange(k // GROUP, device=x.device)[:, None] * GROUP).flatten(1)
@@ -201,7 +248,7 @@ def sparsify(
     if norm_compensation:
         row_scale = (x.float().square().sum(1) / (values.float().square().sum(1) + eps)).sqrt()
 
-    branch = x.new_empty(m, 0)
+    branch = x.new_empty(x.shape[0], 0)
     if comp_down is not None:
         z = x.float()
         if branch_input == "dropped":

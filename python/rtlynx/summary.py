@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +18,8 @@ from rtlynx.config import SparsityConfig
 from rtlynx.eligibility import Candidate, candidates, target_modules
 from rtlynx.errors import RTLynxError
 from rtlynx.fp8 import kernel_dtype
+from rtlynx.fusions import fused_layers
+from rtlynx.fusions.fusion import Fusion
 from rtlynx.least_tokens import NEVER
 from rtlynx.linear import SparseLinear
 
@@ -36,6 +38,7 @@ class LayerSummary:
         kernel: What runs it: a kernel's name, ``"reference (CPU)"``, or ``"torch"`` for a dense layer.
         tokens: Rows it is counted with: the summary's, or 1 where the recipe says it sees one row per sample.
         least_tokens: Called with fewer rows than this it computes densely; 0 if it never does.
+        fused: What its selection does of what comes before it (`rtlynx.fusions`): ``"GELU (tanh) and concatenation"``; empty if nothing.
     """
 
     name: str
@@ -47,6 +50,7 @@ class LayerSummary:
     kernel: str
     tokens: int
     least_tokens: int = 0
+    fused: str = ""
 
     @property
     def flops(self) -> int:
@@ -55,10 +59,11 @@ class LayerSummary:
 
     @property
     def remark(self) -> str:
-        """Why it is dense, or what runs it and from how many tokens on."""
+        """Why it is dense, or what runs it, what is fused into it, and from how many tokens on."""
         if not self.sparse:
             return self.reason
-        return f"{self.kernel}; from {self.least_tokens} tokens on" if self.least_tokens else self.kernel
+        fused = f"; fused with {self.fused}" if self.fused else ""
+        return f"{self.kernel}{fused}" + (f"; from {self.least_tokens} tokens on" if self.least_tokens else "")
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,12 @@ def summary(pipe_or_module: object, tokens: int = 4096) -> Summary:
     rows: list[LayerSummary] = []
     for prefix, root in modules.items():
         config = applied_config(root)
-        rows += (_row(prefix, candidate, config is not None, tokens) for candidate in candidates(root, config or SparsityConfig()))
+        fused = fused_layers(root)
+        rows += (_row(prefix, candidate, config is not None, tokens, fused) for candidate in candidates(root, config or SparsityConfig()))
     return Summary(", ".join(type(root).__name__ for root in modules.values()), tokens, tuple(rows))
 
 
-def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int) -> LayerSummary:
+def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int, fused: Mapping[SparseLinear, Fusion]) -> LayerSummary:
     layer = candidate.module
     make = partial(
         LayerSummary,
@@ -151,7 +157,8 @@ def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int) -> Layer
     if tokens < least:
         few = "whatever the number of tokens" if least == NEVER else f"with fewer than {least} tokens"
         return make(sparse=False, reason=f"dense is faster {few}", kernel="torch")
-    return make(sparse=True, reason="", kernel=planned_kernel(layer, tokens))
+    taken_in = str(fused[layer]) if layer in fused and layer.in_selection(tokens, layer.weight.device) else ""
+    return make(sparse=True, reason="", kernel=planned_kernel(layer, tokens), fused=taken_in)
 
 
 def _least_tokens(layer: SparseLinear) -> int:

@@ -82,6 +82,8 @@ def test_malformed_patterns_are_refused_when_the_configuration_is_made(pattern: 
         ("precision", "fp4"),
         ("precision", None),
         ("norm_compensation", 1),
+        ("share_inputs", None),
+        ("fuse", "yes"),
         ("skip", "a.string"),
         ("include", ("a", 3)),
         ("ranks", 16),
@@ -106,6 +108,7 @@ def test_invalid_values_name_the_argument(argument: str, value: Any) -> None:
         dense_first=st.sampled_from([0.0, 0.25]),
         dense_last=st.floats(0, 1),
         norm_compensation=st.booleans(),
+        fuse=st.booleans(),
         branch=st.sampled_from(["none", "input", "dropped"]),
         selection=st.sampled_from(["magnitude", "weight"]),
         precision=st.sampled_from(["model", "fp8"]),
@@ -120,10 +123,15 @@ def test_a_compensation_serves_every_precision() -> None:
     assert not rtlynx.SparsityConfig(precision="fp8").same_arithmetic(rtlynx.SparsityConfig(branch="input"))
 
 
-def test_configurations_from_before_there_were_precisions_are_read() -> None:
+def test_a_compensation_serves_fused_and_not() -> None:
+    assert rtlynx.SparsityConfig(fuse=False).same_arithmetic(rtlynx.SparsityConfig())
+
+
+def test_configurations_from_before_there_were_precisions_and_fusions_are_read() -> None:
     old = rtlynx.SparsityConfig().to_dict()
-    del old["precision"]
-    assert rtlynx.SparsityConfig.from_dict(old).precision == "model"
+    del old["precision"], old["fuse"]
+    read = rtlynx.SparsityConfig.from_dict(old)
+    assert read.precision == "model" and read.fuse
 
 
 def test_unknown_keys_are_refused() -> None:

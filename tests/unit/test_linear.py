@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, reference
+from rtlynx.reference import Activation, activated
+from rtlynx.sharing import InputGroup
 
 K, N, RANK = 128, 72, 16
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -263,3 +266,93 @@ def test_repr_says_what_matters() -> None:
 def test_wrong_dtype_is_refused_by_the_op() -> None:
     with pytest.raises(InvalidArgumentError, match="weight"):
         make()(tokens(3, dtype=torch.bfloat16))
+
+
+# ---- what comes before the layer --------------------------------------------------------------------------------------------------------
+
+
+def before(
+    width: int, head: int, activation: Activation, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, gate and head of two samples of 9 tokens, x and gate halves of one tensor."""
+    torch.manual_seed(1)
+    x, gate = torch.randn(2, 9, 2 * width).to(dtype).chunk(2, -1)
+    return x, gate if activation == "silu_gate" else None, torch.randn(2, 9, head).to(dtype) if head else None
+
+
+ALL_KINDS: list[dict[str, Any]] = [
+    {},
+    {"branch": "input", "norm_compensation": False},
+    {"selection": "weight"},
+    {"precision": "fp8"},
+    {"small_m": "sparse"},
+]
+
+
+@pytest.mark.parametrize("options", ALL_KINDS, ids=str)
+@pytest.mark.parametrize("head", [0, 64])
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_activated_is_forward_of_the_activation(activation: Activation, head: int, options: dict[str, Any]) -> None:
+    dtype = torch.bfloat16 if options.get("precision") else torch.float32
+    layer = compensated(SparsityConfig(**options), dtype)
+    x, gate, first = before(layer.in_features - head, head, activation, dtype)
+    assert layer.in_selection(18, x.device)
+    with torch.no_grad():
+        got, want = layer.forward_activated(x, activation, gate, first), layer(activated(x, activation, gate, first))
+    assert got.shape == (2, 9, layer.out_features) and torch.equal(got, want)
+
+
+def switched(layer: SparseLinear, how: str) -> None:
+    if how == "permutation":
+        layer.set_compensation(permutation=torch.randperm(layer.in_features))
+    elif how == "sharing":
+        group = InputGroup()
+        twin = copy.deepcopy(layer)
+        for each in (layer, twin):
+            group.join(each)
+        group.tie()
+        assert layer.sharing == 2
+    else:
+        setattr(layer, how, True)
+
+
+@pytest.mark.parametrize("how", ["dense", "dense_step", "permutation", "sharing"])
+def test_activated_falls_back_to_the_same(how: str) -> None:
+    layer = compensated()
+    switched(layer, how)
+    x, gate, head = before(layer.in_features - 64, 64, "silu_gate")
+    assert not layer.in_selection(18, x.device)
+    with torch.no_grad():
+        want = layer(activated(x, "silu_gate", gate, head))
+        assert torch.equal(layer.forward_activated(x, "silu_gate", gate, head), want)
+
+
+def test_few_tokens_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtlynx.linear.least_tokens", lambda *_: 10)
+    layer = compensated()
+    assert not layer.in_selection(9, layer.weight.device) and layer.in_selection(10, layer.weight.device)
+    x = tokens(9)
+    torch.testing.assert_close(layer.forward_activated(x, "gelu"), F.linear(F.gelu(x), layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_gate_that_does_not_fit_is_refused_dense_or_not(dense: bool) -> None:
+    layer = compensated()
+    layer.dense = dense
+    x = tokens(9)
+    bad: list[tuple[Any, ...]] = [("silu_gate",), ("gelu", x), ("relu",), ("silu_gate", x[:8])]
+    for activation, *gate in bad:
+        with pytest.raises(InvalidArgumentError, match=r"`(gate|activation)`"):
+            layer.forward_activated(x, activation, *gate)
+
+
+def test_gradients_through_the_activation() -> None:
+    layer = compensated()
+    given = before(layer.in_features - 64, 64, "silu_gate")
+    results = []
+    for fused in (True, False):
+        x, gate, head = leaves = [t.detach().clone().requires_grad_() for t in given if t is not None]
+        out = layer.forward_activated(x, "silu_gate", gate, head) if fused else layer(torch.cat([head, F.silu(x) * gate], -1))
+        results.append(torch.autograd.grad(out.square().sum(), [*leaves, layer.weight, layer.bias]))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,53 @@
+"""What the fused blocks have in common: `Fusion`, and when one is right."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from rtlynx.linear import SparseLinear
+from rtlynx.reference import Activation
+
+
+class Fusion(NamedTuple):
+    """What a layer takes into its selection.
+
+    Attributes:
+        layer: The layer.
+        activation: The activation before it.
+        head: Whether channels that are taken as they are come before, which were concatenated.
+    """
+
+    layer: SparseLinear
+    activation: Activation
+    head: bool = False
+
+    def __str__(self) -> str:
+        name = {"none": "", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "silu_gate": "gated SiLU"}[self.activation]
+        return " and ".join(filter(None, (name, "concatenation" if self.head else "")))
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what `kind` does and nothing else.
+
+    Not when it is a subclass or a wrapper (peft), has hooks (calibration), or a forward of its own (offloading).
+    """
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def gelu_of(module: nn.Module) -> Activation | None:
+    """Which activation an ``nn.GELU`` is; None if the module is something else, or more than that."""
+    return gelu_named(module.approximate) if plain(module, nn.GELU) else None  # type: ignore[arg-type]
+
+
+def gelu_named(approximate: str) -> Activation | None:
+    """The GELU that torch knows by this approximation."""
+    return "gelu_tanh" if approximate == "tanh" else "gelu" if approximate == "none" else None
+
+
+def inactive(dropout: nn.Module) -> bool:
+    """Whether it is a dropout that does nothing now."""
+    return plain(dropout, nn.Dropout) and (not dropout.training or dropout.p == 0)  # type: ignore[return-value]

@@ -1,0 +1,37 @@
+"""Give the blocks of a model their fused class, or their own again."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from rtlynx.fusions.fusion import Fusion
+from rtlynx.fusions.known import fused_class
+from rtlynx.linear import SparseLinear
+
+logger = logging.getLogger("rtlynx")
+
+
+def install_fusions(root: nn.Module, enabled: bool = True) -> None:
+    """Let the blocks in ``root`` that have sparse layers fuse what they can, and no others."""
+    for block in root.modules():
+        cls = original_class(block)
+        has_sparse = enabled and any(isinstance(module, SparseLinear) for module in block.modules())
+        wanted = fused_class(cls) if has_sparse else None  # type: ignore[arg-type]  # classes are hashable
+        if type(block) is not (wanted or cls):
+            block.__class__ = wanted or cls
+    if enabled:
+        logger.info("%s: %d sparse layers do what comes before them as they select", type(root).__name__, len(fused_layers(root)))
+
+
+def original_class(block: nn.Module) -> type[nn.Module]:
+    """The block's class as its model made it."""
+    unfused = vars(type(block)).get("unfused")
+    return unfused if isinstance(unfused, type) and isinstance(block, unfused) else type(block)
+
+
+def fused_layers(root: nn.Module) -> dict[SparseLinear, Fusion]:
+    """Layer → what it takes in, as things are now; layers that take in nothing are not in it."""
+    found = (block.fusion() for block in root.modules() if original_class(block) is not type(block))  # type: ignore[operator]
+    return {fusion.layer: fusion for fusion in found if fusion is not None}
