@@ -217,17 +217,19 @@ def _sparsify_cuda(
 ) -> Sparsified:
     op = "sparsify"
     k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
-    if activation != "none" or head is not None:  # no kernel reads x, gate and head as they are
-        x = reference.activated(x, activation, gate, head)
+    core, device_index = _core(), x.get_device()
+    if (activation != "none" or head is not None) and (activation == "none" or activation not in core.activations(device_index)):
+        x, activation, gate, head = reference.activated(x, activation, gate, head), "none", None, None
     x = checks.readable(x)
+    gate = None if gate is None else checks.readable(gate)
+    head = None if head is None else checks.readable(head)
     out = _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
     m = x.shape[0]
     if m == 0:
         return out
     values, metadata, row_scale, branch = out
     rank = branch.shape[1]
-    device_index = x.get_device()
-    _core().sparsify(
+    core.sparsify(
         device_index=device_index,
         stream=_stream(device_index),
         dtype=kernel_dtype(x.dtype, values_dtype),
@@ -235,7 +237,13 @@ def _sparsify_cuda(
         k=k,
         ldx=x.stride(0),
         rank=rank,
+        activation=activation,
+        head_k=0 if head is None else head.shape[1],
+        ld_head=0 if head is None else head.stride(0),
+        ld_gate=0 if gate is None else gate.stride(0),
         x=x.data_ptr(),
+        gate=0 if gate is None else gate.data_ptr(),
+        head=0 if head is None else head.data_ptr(),
         score=checks.pointer(op, "score", score),
         shift=checks.pointer(op, "shift", shift),
         comp_down=checks.pointer(op, "comp_down", comp_down),

@@ -25,8 +25,11 @@ from rtlynx import _core
 from rtlynx.errors import RTLynxError
 A = 1 << 20
 
-def sparsify(m=100, rank=96, device=1, k=128):
-    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, A, 0, 0, A if rank else 0, A, A, A, A if rank else 0, True, 1e-8, 1.0)
+def sparsify(m=100, rank=96, device=1, k=128, activation="none", head_k=0):
+    gated, branch = activation == "silu_gate", A if rank else 0
+    prologue = (activation, head_k, head_k + 8 if head_k else 0, k if gated else 0)
+    inputs = (A, 2 * A if gated else 0, 3 * A if head_k else 0)
+    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, *prologue, *inputs, 0, 0, branch, A, A, A, branch, True, 1e-8, 1.0)
 
 def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
     branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
@@ -163,6 +166,32 @@ def test_hopper_sparsifies_in_clusters(driver: Path, m: int, k: int, blocks: int
     assert x.startswith(f"map 0x100000: type 9, rank 2, {k}x{m}, stride {2 * k}, box 64x64 of")
     assert comp_down.startswith("map 0x100000: type 9")
     assert launch == f"launch {blocks}x2x1 of 288x1x1, 98304 bytes, stream 0x5, first pointer 0x100000{cluster}"
+
+
+@needs_device_code
+@pytest.mark.parametrize("activation, head_k, bytes", [("gelu_tanh", 0, 98304), ("gelu_tanh", 64, 98304), ("silu_gate", 128, 98304)])
+def test_hopper_maps_what_x_is_made_of(driver: Path, activation: str, head_k: int, bytes: int) -> None:
+    calls = run(driver, f"sparsify(k=320, activation={activation!r}, head_k={head_k})")
+    assert f"sparsify_sm90_bf16_r64_{activation}" in calls
+    maps = [call.split(" of ")[0] for call in calls if call.startswith("map") and "rank 2" in call]
+    wanted = [f"map 0x100000: type 9, rank 2, {320 - head_k}x100, stride 640, box 64x64"]
+    if head_k:
+        wanted.append(f"map 0x300000: type 9, rank 2, {head_k}x100, stride {2 * (head_k + 8)}, box 64x64")
+    if activation == "silu_gate":
+        wanted.append(f"map 0x200000: type 9, rank 2, {320 - head_k}x100, stride 640, box 64x64")
+    assert maps == wanted
+    assert f"{bytes} bytes" in next(call for call in calls if call.startswith("launch"))
+
+
+def test_an_activation_is_refused_where_no_kernel_does_it(driver: Path) -> None:
+    assert run(driver, "print(_core.activations(0))") == ["['none', 'gelu_tanh', 'silu_gate']"]
+    listed, refused = run(driver, "print(_core.activations(0)); sparsify(activation='gelu_tanh')", capability=89)
+    assert listed == "['none']"
+    assert refused.startswith(
+        "DeviceError: sparsify: got an activation on a GPU of compute capability 8.9, expected compute capability 9.0"
+    )
+    (message,) = run(driver, "sparsify(activation='relu')")
+    assert message == "InvalidArgumentError: sparsify: argument `activation`: got relu, expected none, gelu_tanh, silu_gate"
 
 
 @needs_device_code

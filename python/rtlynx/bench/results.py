@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from rtlynx.bench.activation import ActivationTimes
 from rtlynx.bench.energy import Energy
 from rtlynx.bench.layer import LayerTimes
 from rtlynx.io import atomic_path
 
+Row = LayerTimes | Energy | ActivationTimes
 
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[LayerTimes | Energy], kind: type[LayerTimes | Energy] = LayerTimes) -> None:
+
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Row], kind: type[Row] = LayerTimes) -> None:
     """Write rows of one kind under ``#`` header lines, whole or not at all."""
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in header)

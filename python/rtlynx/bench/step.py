@@ -89,7 +89,9 @@ def _fp8(module: nn.Module, rank: int) -> None:
     except ImportError as error:
         raise Unavailable(str(error)) from error
     chosen = {c.name for c in candidates(module, SparsityConfig()) if c.reason is None}
-    quantize_(module, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=lambda _, name: name in chosen)
+    # Otherwise torchao sets inductor's options for the whole process: every mode would be tuned, for minutes.
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+    quantize_(module, config, filter_fn=lambda _, name: name in chosen)
 
 
 def _fp8_storage(module: nn.Module, rank: int) -> None:

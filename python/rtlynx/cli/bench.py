@@ -146,6 +146,36 @@ def energy(
     console.print(f"wrote {path}")
 
 
+@app.command("activation")
+def activation(
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    repeats: Repeats = 30,
+    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+) -> None:
+    """Time selection with the activation before it in its kernel, and with a pass of its own before it."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.activation import BEFORE, ActivationTimes, measure_activation
+    from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.results import write_csv
+    from rtlynx.report.table import Column, terminal_table
+
+    rows = [row for before in BEFORE for row in measure_activation(before, rank, repeats)]
+    columns = [Column(key, key) for key in ("m", "k", "head_k", "activation", "values")]
+    columns += [Column(f"{key}_ms", f"{key} ms", "{:.4f}") for key in ("select", "fused", "eager", "compiled", "copy")]
+    console = Console(highlight=False)
+    console.print(terminal_table(columns, [asdict(row) for row in rows]))
+    if out is None:
+        return
+    path = out / gpu_slug() / "activation.csv"
+    write_csv(path, describe(f"rtlynx bench activation --rank {rank} --repeats {repeats}", commit), rows, ActivationTimes)
+    console.print(f"wrote {path}")
+
+
 @app.command("host")
 def host(rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64, repeats: Repeats = 30) -> None:
     """Measure what an eager call of a layer costs the host."""

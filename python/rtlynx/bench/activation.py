@@ -1,0 +1,122 @@
+"""What the activation before a selection costs: in the selection's kernel, and as a pass of its own before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rtlynx import ops
+from rtlynx.bench.timing import time_interleaved
+from rtlynx.fp8 import missing_kernels
+from rtlynx.reference import E4M3, Activation, activated
+
+
+@dataclass(frozen=True)
+class Before:
+    """A selection of a real model and what stands before it: tokens, channels, how many of them come ahead of the activation, which that is."""
+
+    m: int
+    k: int
+    head_k: int
+    activation: Activation
+
+
+BEFORE: tuple[Before, ...] = (
+    Before(512, 12288, 0, "gelu_tanh"),  # FLUX.1: feed-forward of the text stream
+    Before(4096, 12288, 0, "gelu_tanh"),  # FLUX.1, Qwen-Image: of the image stream
+    Before(4608, 15360, 3072, "gelu_tanh"),  # FLUX.1: proj_out of a single-stream block, behind the attention
+    Before(4224, 10240, 0, "silu_gate"),  # Z-Image
+    Before(4608, 24576, 6144, "silu_gate"),  # FLUX.2: to_out of a single-stream block, behind the attention
+)
+
+
+@dataclass(frozen=True)
+class ActivationTimes:
+    """One row of activation.csv. Times are milliseconds, all with norm compensation and a branch.
+
+    Attributes:
+        m: Tokens.
+        k: Channels of X.
+        head_k: How many of them come ahead of the activation.
+        activation: See `rtlynx.reference.activated`.
+        rank: Of the branch.
+        values: "bf16" or "e4m3".
+        select_ms: Selection from an X that is in memory.
+        fused_ms: `rtlynx.ops.sparsify` with the activation.
+        eager_ms: The activation and the concatenation by torch, as diffusers has them, then selection.
+        compiled_ms: The same with the two compiled to one kernel.
+        copy_ms: A device copy of as many bytes as `fused_ms` has to move.
+    """
+
+    m: int
+    k: int
+    head_k: int
+    activation: str
+    rank: int
+    values: str
+    select_ms: float
+    fused_ms: float
+    eager_ms: float
+    compiled_ms: float
+    copy_ms: float
+
+
+@torch.no_grad()
+def measure_activation(before: Before, rank: int, repeats: int = 30) -> list[ActivationTimes]:
+    """Time one of `BEFORE` on the current device, with every type of values that its kernels store."""
+    torch.manual_seed(before.m + before.k)
+    m, k, head_k, activation = before.m, before.k, before.head_k, before.activation
+    x = _random(m, k - head_k)
+    gate = _random(m, k - head_k) if activation == "silu_gate" else None
+    head = _random(m, head_k) if head_k else None
+    down = _random(k, rank) / math.sqrt(k) if rank else None
+    whole = activated(x, activation, gate, head)
+    made = torch.compile(activated, fullgraph=True)
+    rows = []
+    for name, values_dtype in (("bf16", None), ("e4m3", E4M3)):
+        if values_dtype is not None and missing_kernels(x.device):
+            continue
+
+        def select(
+            x: Tensor,
+            activation: Activation = "none",
+            gate: Tensor | None = None,
+            head: Tensor | None = None,
+            values_dtype: torch.dtype | None = values_dtype,
+        ) -> object:
+            return ops.sparsify(x, comp_down=down, values_dtype=values_dtype, activation=activation, gate=gate, head=head)
+
+        moved = (whole.numel() + (0 if gate is None else gate.numel())) * 2 + whole.numel() // 2 * (2 if values_dtype is None else 1)
+        moved += whole.numel() // 8 + 2 * rank * (m + k)
+        calls: dict[str, Callable[[], object]] = {
+            "select": lambda: select(whole),
+            "fused": lambda: select(x, activation, gate, head),
+            "eager": lambda: select(_as_diffusers(x, activation, gate, head)),
+            "compiled": lambda: select(made(x, activation, gate, head)),
+            "copy": _copy_that_moves(moved),
+        }
+        times = time_interleaved(calls, repeats)
+        rows.append(ActivationTimes(m, k, head_k, activation, rank, name, **{f"{what}_ms": ms for what, ms in times.items()}))
+    return rows
+
+
+def _as_diffusers(x: Tensor, activation: Activation, gate: Tensor | None, head: Tensor | None) -> Tensor:
+    """`activated` in the model's dtype, operation by operation."""
+    if gate is not None:
+        x = torch.nn.functional.silu(x) * gate
+    else:
+        x = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return x if head is None else torch.cat([head, x], 1)
+
+
+def _copy_that_moves(bytes: int) -> Callable[[], object]:
+    source, target = torch.empty(2, bytes // 2, dtype=torch.uint8, device="cuda")
+    return lambda: target.copy_(source)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
