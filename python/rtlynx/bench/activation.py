@@ -17,7 +17,7 @@ from rtlynx.reference import E4M3, Activation, activated
 
 @dataclass(frozen=True)
 class Before:
-    """A selection of a real model and what stands before it: tokens, channels, how many of them come ahead of the activation, which that is."""
+    """A selection of a real model from M tokens of K channels, and the activation before all of them but the first `head_k`."""
 
     m: int
     k: int

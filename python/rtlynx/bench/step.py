@@ -73,13 +73,18 @@ def _compensated(module: nn.Module, rank: int) -> None:
     random_compensation(module, rank)
 
 
-def _sparse_fp8(module: nn.Module, rank: int) -> None:
+def _sparse_fp8(module: nn.Module, rank: int, fuse: bool = True) -> None:
     """Compensated, with the operands of the sparse products in e4m3."""
     reason = missing_kernels(next(module.parameters()).device)
     if reason is not None:
         raise Unavailable(reason)
-    rtlynx.apply(module, SparsityConfig(rank=rank, precision="fp8"))
+    rtlynx.apply(module, SparsityConfig(rank=rank, precision="fp8", fuse=fuse))
     random_compensation(module, rank)
+
+
+def _unfused(module: nn.Module, rank: int) -> None:
+    """The same with every activation as a pass of its own."""
+    _sparse_fp8(module, rank, fuse=False)
 
 
 def _fp8(module: nn.Module, rank: int) -> None:
@@ -119,6 +124,7 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
     "naive": _naive,
     "compensated": _compensated,
     "sparse fp8": _sparse_fp8,
+    "sparse fp8 unfused": _unfused,
     "fp8": _fp8,
     "fp8-storage": _fp8_storage,
     "first-block-cache": _first_block_cache,
@@ -218,7 +224,7 @@ def _label(mode: str, rank: int) -> str:
     """What a row is called: a mode with a branch by the rank, and by what else it is."""
     if mode == "compensated":
         return f"rank {rank}"
-    return f"rank {rank}, {mode}" if mode in ("sparse fp8", *_EAGER_ONLY) else mode
+    return f"rank {rank}, {mode}" if mode in ("sparse fp8", "sparse fp8 unfused", *_EAGER_ONLY) else mode
 
 
 def _call(module: Any, inputs: Mapping[str, Any]) -> Callable[[], torch.Tensor]:

@@ -21,7 +21,9 @@ def model(
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Time the modes with compiled blocks.")] = True,
     modes: Annotated[
         list[str] | None,
-        typer.Option("--mode", help="naive, compensated, 'sparse fp8', fp8 (these by default); fp8-storage, first-block-cache."),
+        typer.Option(
+            "--mode", help="naive, compensated, 'sparse fp8', fp8 (these by default); 'sparse fp8 unfused', fp8-storage, first-block-cache."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the CSV file and its picture, e.g. benches/results.", file_okay=False)
