@@ -190,3 +190,11 @@ def test_errors_say_what_goes_with_what() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         ops.sparsify(X, activation="silu_gate")
     assert str(caught.value) == "sparsify: argument `gate`: got None, expected a tensor, since `activation` is 'silu_gate'"
+
+
+def test_gate_and_head_count_for_the_way_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor | None] = []
+    monkeypatch.setattr(ops, "direct", lambda *tensors: asked.extend(tensors))
+    x, gate, head = inputs(3, "silu_gate")
+    ops.sparsify(x, activation="silu_gate", gate=gate, head=head)
+    assert any(t is gate for t in asked) and any(t is head for t in asked)
