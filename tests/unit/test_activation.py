@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from rtlynx import InvalidArgumentError, ops, reference
 from rtlynx.reference import E4M3, Activation
@@ -149,6 +150,30 @@ def test_compiles_with_gradients() -> None:
     leaves = [t.requires_grad_() for t in inputs(11, "silu_gate") if t is not None]
     got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*leaves), leaves)
     for a, b in zip(got, torch.autograd.grad(loss(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_inductor_selects_once_for_equal_calls_only() -> None:
+    torch._dynamo.reset()
+
+    def values(x: Tensor, gate: Tensor, head: Tensor) -> list[Tensor]:
+        kinds: list[dict[str, Any]] = [
+            {"activation": "silu_gate", "gate": gate, "head": head},
+            {"activation": "silu_gate", "gate": gate, "head": head},
+            {"activation": "silu_gate", "gate": x, "head": head},
+            {"activation": "silu_gate", "gate": gate},
+            {"activation": "gelu", "head": head},
+            {"head": head},
+        ]
+        return [ops.sparsify(x, **kind).values for kind in kinds]
+
+    x, gate, head = inputs(11, "silu_gate")
+    assert gate is not None and head is not None
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        got, code = run_and_get_code(torch.compile(values, fullgraph=True), x, gate, head)
+    assert code[0].count("rtlynx.sparsify.default(") == 5
+    for a, b in zip(got, values(x, gate, head), strict=True):
         torch.testing.assert_close(a, b)
 
 
