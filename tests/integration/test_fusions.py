@@ -376,6 +376,9 @@ def test_compiles_whole_for_any_number_of_tokens(family: str) -> None:
     counters.clear()
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
+    for layer in layers(model):  # the original forward is traced as well
+        layer.dense = True
+    torch.testing.assert_close(output(model, inputs), output(ALL[family].build("cpu", F32), inputs), rtol=1e-4, atol=1e-4)
     assert not counters["graph_break"]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from rtlynx import InvalidArgumentError, ops, reference
 from rtlynx.reference import E4M3, Activation
@@ -152,6 +153,30 @@ def test_compiles_with_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
+@torch.no_grad()
+def test_inductor_selects_once_for_equal_calls_only() -> None:
+    torch._dynamo.reset()
+
+    def values(x: Tensor, gate: Tensor, head: Tensor) -> list[Tensor]:
+        kinds: list[dict[str, Any]] = [
+            {"activation": "silu_gate", "gate": gate, "head": head},
+            {"activation": "silu_gate", "gate": gate, "head": head},
+            {"activation": "silu_gate", "gate": x, "head": head},
+            {"activation": "silu_gate", "gate": gate},
+            {"activation": "gelu", "head": head},
+            {"head": head},
+        ]
+        return [ops.sparsify(x, **kind).values for kind in kinds]
+
+    x, gate, head = inputs(11, "silu_gate")
+    assert gate is not None and head is not None
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        got, code = run_and_get_code(torch.compile(values, fullgraph=True), x, gate, head)
+    assert code[0].count("rtlynx.sparsify.default(") == 5
+    for a, b in zip(got, values(x, gate, head), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_no_tokens() -> None:
     x, gate, head = inputs(0, "silu_gate")
     got = ops.sparsify(x, activation="silu_gate", gate=gate, head=head)
@@ -190,3 +215,11 @@ def test_errors_say_what_goes_with_what() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         ops.sparsify(X, activation="silu_gate")
     assert str(caught.value) == "sparsify: argument `gate`: got None, expected a tensor, since `activation` is 'silu_gate'"
+
+
+def test_gate_and_head_count_for_the_way_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor | None] = []
+    monkeypatch.setattr(ops, "direct", lambda *tensors: asked.extend(tensors))
+    x, gate, head = inputs(3, "silu_gate")
+    ops.sparsify(x, activation="silu_gate", gate=gate, head=head)
+    assert any(t is gate for t in asked) and any(t is head for t in asked)

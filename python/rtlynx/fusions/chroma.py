@@ -11,6 +11,8 @@ from rtlynx.fusions.fusion import Fusion
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import clipped, fusion_of
 
+_forward = transformer_chroma.ChromaSingleTransformerBlock.forward  # of the class itself torch.compile would not trace it
+
 
 class ChromaSingleTransformerBlock(transformer_chroma.ChromaSingleTransformerBlock):
     """With the activation of the feed-forward and its concatenation with the attention in ``proj_out``."""
@@ -33,7 +35,7 @@ class ChromaSingleTransformerBlock(transformer_chroma.ChromaSingleTransformerBlo
         """As diffusers has it."""
         fusion = ChromaSingleTransformerBlock.fusion(self)
         if fusion is None or not fusion.layer.in_selection(hidden_states.shape[:-1].numel(), hidden_states.device):
-            return ChromaSingleTransformerBlock.unfused.forward(  # type: ignore[no-any-return]
+            return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, temb, image_rotary_emb, attention_mask, joint_attention_kwargs
             )
         normed, gate = self.norm(hidden_states, emb=temb)

@@ -11,6 +11,8 @@ from rtlynx.fusions.fusion import Fusion, gelu_named, inactive, plain
 from rtlynx.linear import SparseLinear
 from rtlynx.reference import Activation
 
+_forward = attention.FeedForward.forward  # of the class itself torch.compile would not trace it
+
 
 class FeedForward(attention.FeedForward):
     """``net = [projection with activation, dropout, linear]``, then perhaps another dropout; GELU and SwiGLU are fused."""
@@ -29,7 +31,7 @@ class FeedForward(attention.FeedForward):
         """As diffusers has it."""
         fusion = None if args or kwargs else FeedForward.fusion(self)
         if fusion is None or not fusion.layer.in_selection(hidden_states.shape[:-1].numel(), hidden_states.device):
-            return FeedForward.unfused.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return _forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         first, _, last, *final = self.net
         x, gate = first.proj(hidden_states), None
         if fusion.activation == "silu_gate":

@@ -12,6 +12,8 @@ from rtlynx.fusions.fusion import Fusion
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import clipped, fusion_of
 
+_forward = transformer_flux.FluxSingleTransformerBlock.forward  # of the class itself torch.compile would not trace it
+
 
 class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     """With the activation of the feed-forward and its concatenation with the attention in ``proj_out``."""
@@ -35,7 +37,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         fusion = FluxSingleTransformerBlock.fusion(self)
         samples, text = encoder_hidden_states.shape[:2]
         if fusion is None or not fusion.layer.in_selection(samples * (text + hidden_states.shape[1]), hidden_states.device):
-            return FluxSingleTransformerBlock.unfused.forward(  # type: ignore[no-any-return]
+            return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
         both = torch.cat([encoder_hidden_states, hidden_states], 1)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from rtlynx.fusions.fusion import Fusion, plain
 from rtlynx.linear import SparseLinear
 
+_feed_forward = transformer_flux2.Flux2FeedForward.forward  # of the class itself torch.compile would not trace it
+
 
 class Flux2FeedForward(transformer_flux2.Flux2FeedForward):
     """With the gated activation in ``linear_out``."""
@@ -26,9 +28,12 @@ class Flux2FeedForward(transformer_flux2.Flux2FeedForward):
         """As diffusers has it."""
         fusion = Flux2FeedForward.fusion(self)
         if fusion is None or not fusion.layer.in_selection(x.shape[:-1].numel(), x.device):
-            return Flux2FeedForward.unfused.forward(self, x)  # type: ignore[no-any-return]
+            return _feed_forward(self, x)  # type: ignore[no-any-return]
         x, gate = self.linear_in(x).chunk(2, dim=-1)
         return fusion.layer.select_activated(x, "silu_gate", gate)
+
+
+_attention_forward = transformer_flux2.Flux2ParallelSelfAttention.forward  # of the class itself torch.compile would not trace it
 
 
 class Flux2ParallelSelfAttention(transformer_flux2.Flux2ParallelSelfAttention):
@@ -57,7 +62,7 @@ class Flux2ParallelSelfAttention(transformer_flux2.Flux2ParallelSelfAttention):
         """As diffusers has it."""
         fusion = None if kwargs else Flux2ParallelSelfAttention.fusion(self)
         if fusion is None or not fusion.layer.in_selection(hidden_states.shape[:-1].numel(), hidden_states.device):
-            return Flux2ParallelSelfAttention.unfused.forward(self, hidden_states, attention_mask, image_rotary_emb, **kwargs)  # type: ignore[no-any-return]
+            return _attention_forward(self, hidden_states, attention_mask, image_rotary_emb, **kwargs)  # type: ignore[no-any-return]
         query, key, value, x, gate = self.to_qkv_mlp_proj(hidden_states).split([self.inner_dim] * 3 + [self.mlp_hidden_dim] * 2, -1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
         query, key = self.norm_q(query), self.norm_k(key)

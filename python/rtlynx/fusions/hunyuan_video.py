@@ -12,6 +12,8 @@ from rtlynx.fusions.fusion import Fusion
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import fusion_of
 
+_forward = transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock.forward  # of the class itself torch.compile would not trace it
+
 
 class HunyuanVideoSingleTransformerBlock(transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock):
     """With the activation of the feed-forward and its concatenation with the attention in ``proj_out``."""
@@ -37,7 +39,7 @@ class HunyuanVideoSingleTransformerBlock(transformer_hunyuan_video.HunyuanVideoS
         fusion = HunyuanVideoSingleTransformerBlock.fusion(self)
         samples, text = encoder_hidden_states.shape[:2]
         if fusion is None or not fusion.layer.in_selection(samples * (text + hidden_states.shape[1]), hidden_states.device):
-            return HunyuanVideoSingleTransformerBlock.unfused.forward(  # type: ignore[no-any-return]
+            return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs
             )
         both = torch.cat([hidden_states, encoder_hidden_states], 1)

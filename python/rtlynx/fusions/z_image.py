@@ -8,6 +8,8 @@ from torch import Tensor
 from rtlynx.fusions.fusion import Fusion, plain
 from rtlynx.linear import SparseLinear
 
+_forward = transformer_z_image.FeedForward.forward  # of the class itself torch.compile would not trace it
+
 
 class FeedForward(transformer_z_image.FeedForward):
     """With the gated activation in ``w2``."""
@@ -23,5 +25,5 @@ class FeedForward(transformer_z_image.FeedForward):
         """As diffusers has it."""
         fusion = FeedForward.fusion(self)
         if fusion is None or not fusion.layer.in_selection(x.shape[:-1].numel(), x.device):
-            return FeedForward.unfused.forward(self, x)  # type: ignore[no-any-return]
+            return _forward(self, x)  # type: ignore[no-any-return]
         return fusion.layer.select_activated(self.w1(x), "silu_gate", self.w3(x))
