@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rtlynx import checks, plans, reference
+from rtlynx.activations import selection_does
 from rtlynx.direct import direct
 from rtlynx.errors import DeviceError, InvalidArgumentError
 from rtlynx.fp8 import kernel_dtype
@@ -217,8 +218,7 @@ def _sparsify_cuda(
 ) -> Sparsified:
     op = "sparsify"
     k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
-    core, device_index = _core(), x.get_device()
-    if (activation != "none" or head is not None) and (activation == "none" or activation not in core.activations(device_index)):
+    if (activation != "none" or head is not None) and (activation == "none" or not selection_does(x.device, activation)):
         x, activation, gate, head = reference.activated(x, activation, gate, head), "none", None, None
     x = checks.readable(x)
     gate = None if gate is None else checks.readable(gate)
@@ -229,7 +229,8 @@ def _sparsify_cuda(
         return out
     values, metadata, row_scale, branch = out
     rank = branch.shape[1]
-    core.sparsify(
+    device_index = x.get_device()
+    _core().sparsify(
         device_index=device_index,
         stream=_stream(device_index),
         dtype=kernel_dtype(x.dtype, values_dtype),

@@ -157,7 +157,8 @@ def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int, fused: M
     if tokens < least:
         few = "whatever the number of tokens" if least == NEVER else f"with fewer than {least} tokens"
         return make(sparse=False, reason=f"dense is faster {few}", kernel="torch")
-    taken_in = str(fused[layer]) if layer in fused and layer.in_selection(tokens, layer.weight.device) else ""
+    fusion = fused.get(layer)
+    taken_in = str(fusion) if fusion is not None and fusion.pays(tokens, layer.weight.device) else ""
     return make(sparse=True, reason="", kernel=planned_kernel(layer, tokens), fused=taken_in)
 
 

@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 import rtlynx
 from rtlynx import RTLynxConfig, SparseLinear, SparsityConfig, ops
-from rtlynx.fusions import fused_layers, install_fusions, known
+from rtlynx.fusions import fused_layers, fusion, install_fusions, known
 from tiny_models import NEIGHBOURS, TINY, output, relative_error
 
 F32 = torch.float32
@@ -97,6 +97,15 @@ def test_fused_is_what_it_was_before(family: str, dtype: torch.dtype, precision:
     # A gated activation is rounded once instead of twice, and what is selected may change with the last bit.
     limit = 1e-6 if dtype == F32 else 0.15 if "silu_gate" in dict(taken_in) else 0
     assert relative_error(got, want) <= limit
+
+
+@families
+def test_what_no_kernel_does_stays_where_it_was(family: str, taken_in: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse(family)
+    want = unfused(model, inputs)
+    monkeypatch.setattr(fusion, "selection_does", lambda device, activation: False)
+    assert torch.equal(output(model, inputs), want) and not taken_in
+    assert not any(row.fused for row in rtlynx.summary(model))
 
 
 @families

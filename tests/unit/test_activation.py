@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from rtlynx import InvalidArgumentError, ops, reference
+from rtlynx import InvalidArgumentError, _core, ops, reference
+from rtlynx.activations import selection_does
 from rtlynx.reference import E4M3, Activation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -223,3 +224,21 @@ def test_gate_and_head_count_for_the_way_past_the_dispatcher(monkeypatch: pytest
     x, gate, head = inputs(3, "silu_gate")
     ops.sparsify(x, activation="silu_gate", gate=gate, head=head)
     assert any(t is gate for t in asked) and any(t is head for t in asked)
+
+
+def test_the_gpu_says_what_its_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def activations(device_index: int) -> list[str]:
+        asked.append(device_index)
+        return ["none", "gelu_tanh"]
+
+    monkeypatch.setattr(_core, "activations", activations)
+    gpu = torch.device("cuda", 1)
+    assert selection_does(gpu, "gelu_tanh") and not selection_does(gpu, "silu_gate") and asked == [1, 1]
+    assert selection_does(torch.device("cpu"), "silu_gate")
+
+
+@pytest.mark.skipif(_core.driver_version() is not None, reason="this machine has a driver")
+def test_without_a_driver_no_kernel_does_anything() -> None:
+    assert not selection_does(torch.device("cuda", 0), "gelu_tanh")

@@ -34,7 +34,7 @@ class ChromaSingleTransformerBlock(transformer_chroma.ChromaSingleTransformerBlo
     ) -> Tensor:
         """As diffusers has it."""
         fusion = ChromaSingleTransformerBlock.fusion(self)
-        if fusion is None or not fusion.layer.in_selection(hidden_states.shape[:-1].numel(), hidden_states.device):
+        if fusion is None or not fusion.pays(hidden_states.shape[:-1].numel(), hidden_states.device):
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, temb, image_rotary_emb, attention_mask, joint_attention_kwargs
             )

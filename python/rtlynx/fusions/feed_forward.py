@@ -30,7 +30,7 @@ class FeedForward(attention.FeedForward):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As diffusers has it."""
         fusion = None if args or kwargs else FeedForward.fusion(self)
-        if fusion is None or not fusion.layer.in_selection(hidden_states.shape[:-1].numel(), hidden_states.device):
+        if fusion is None or not fusion.pays(hidden_states.shape[:-1].numel(), hidden_states.device):
             return _forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         first, _, last, *final = self.net
         x, gate = first.proj(hidden_states), None

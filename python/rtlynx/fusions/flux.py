@@ -36,7 +36,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         """As diffusers has it."""
         fusion = FluxSingleTransformerBlock.fusion(self)
         samples, text = encoder_hidden_states.shape[:2]
-        if fusion is None or not fusion.layer.in_selection(samples * (text + hidden_states.shape[1]), hidden_states.device):
+        if fusion is None or not fusion.pays(samples * (text + hidden_states.shape[1]), hidden_states.device):
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )

@@ -27,7 +27,7 @@ class Flux2FeedForward(transformer_flux2.Flux2FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """As diffusers has it."""
         fusion = Flux2FeedForward.fusion(self)
-        if fusion is None or not fusion.layer.in_selection(x.shape[:-1].numel(), x.device):
+        if fusion is None or not fusion.pays(x.shape[:-1].numel(), x.device):
             return _feed_forward(self, x)  # type: ignore[no-any-return]
         x, gate = self.linear_in(x).chunk(2, dim=-1)
         return fusion.layer.select_activated(x, "silu_gate", gate)
@@ -61,7 +61,7 @@ class Flux2ParallelSelfAttention(transformer_flux2.Flux2ParallelSelfAttention):
     ) -> Tensor:
         """As diffusers has it."""
         fusion = None if kwargs else Flux2ParallelSelfAttention.fusion(self)
-        if fusion is None or not fusion.layer.in_selection(hidden_states.shape[:-1].numel(), hidden_states.device):
+        if fusion is None or not fusion.pays(hidden_states.shape[:-1].numel(), hidden_states.device):
             return _attention_forward(self, hidden_states, attention_mask, image_rotary_emb, **kwargs)  # type: ignore[no-any-return]
         query, key, value, x, gate = self.to_qkv_mlp_proj(hidden_states).split([self.inner_dim] * 3 + [self.mlp_hidden_dim] * 2, -1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))

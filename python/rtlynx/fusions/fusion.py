@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
+from rtlynx.activations import selection_does
 from rtlynx.linear import SparseLinear
 from rtlynx.reference import Activation
 
@@ -22,6 +24,10 @@ class Fusion(NamedTuple):
     layer: SparseLinear
     activation: Activation
     head: bool = False
+
+    def pays(self, tokens: int, device: torch.device) -> bool:
+        """Whether the layer takes it in now, with so many tokens on ``device``, in a kernel that does it."""
+        return self.layer.in_selection(tokens, device) and selection_does(device, self.activation)
 
     def __str__(self) -> str:
         name = {"none": "", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "silu_gate": "gated SiLU"}[self.activation]

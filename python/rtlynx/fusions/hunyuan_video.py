@@ -38,7 +38,7 @@ class HunyuanVideoSingleTransformerBlock(transformer_hunyuan_video.HunyuanVideoS
         """As diffusers has it."""
         fusion = HunyuanVideoSingleTransformerBlock.fusion(self)
         samples, text = encoder_hidden_states.shape[:2]
-        if fusion is None or not fusion.layer.in_selection(samples * (text + hidden_states.shape[1]), hidden_states.device):
+        if fusion is None or not fusion.pays(samples * (text + hidden_states.shape[1]), hidden_states.device):
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs
             )

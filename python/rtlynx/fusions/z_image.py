@@ -24,6 +24,6 @@ class FeedForward(transformer_z_image.FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """As diffusers has it."""
         fusion = FeedForward.fusion(self)
-        if fusion is None or not fusion.layer.in_selection(x.shape[:-1].numel(), x.device):
+        if fusion is None or not fusion.pays(x.shape[:-1].numel(), x.device):
             return _forward(self, x)  # type: ignore[no-any-return]
         return fusion.layer.select_activated(self.w1(x), "silu_gate", self.w3(x))
