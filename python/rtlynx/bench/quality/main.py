@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,14 +13,15 @@ from tqdm.auto import tqdm
 
 from rtlynx.bench.machine import describe, gpu_slug
 from rtlynx.bench.quality.results import COLUMNS, Results, write_tables
-from rtlynx.bench.quality.rows import recipe_row, rows
+from rtlynx.bench.quality.rows import Row, recipe_row, rows
 from rtlynx.bench.quality.run import QualityBench, Settings
+from rtlynx.config import SparsityConfig
 from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS, ScenesPipeline
-from rtlynx.demo.place import choose_place
+from rtlynx.demo.place import Place, choose_place
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import missing_kernels
-from rtlynx.recipe_file import read_recipe
+from rtlynx.recipe_file import read_recipe, write_recipe
 from rtlynx.report import Column, terminal_table
 
 
@@ -33,6 +35,7 @@ class Wanted:
     ranks: tuple[int, ...]
     only: frozenset[str]
     recipes: tuple[Path, ...] = ()
+    part: tuple[int, int] = (1, 1)
 
 
 def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | None, progress: bool = True) -> list[Path]:
@@ -57,11 +60,13 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
     results = Results(folder, name, {**asdict(settings), "parameters": parameters, "dtype": str(place.dtype)})
 
-    every = [*rows(wanted.rank, wanted.ranks), *(recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes)]
+    every = rows(wanted.rank, wanted.ranks, [recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes])
     todo = [row for row in every if not wanted.only or row.method in wanted.only | {"dense"}]
-    if wanted.only - {row.method for row in todo}:
+    if wanted.only - {row.method for row in todo}:  # before this process takes its part of them
         known = ", ".join(sorted({row.method for row in every}))
         raise InvalidArgumentError("bench quality", "only", ", ".join(sorted(wanted.only)), f"some of {known}")
+    part, parts = wanted.part
+    todo = [row for i, row in enumerate(todo) if row.method == "dense" or i % parts == part - 1]
     command = f"rtlynx bench quality --model {wanted.model} --prompts {settings.prompts} --steps {settings.steps} --rank {wanted.rank}"
     header = (
         describe(command, commit)
@@ -72,15 +77,28 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     for row in tqdm(todo, desc="rows", unit="row", disable=not progress, file=sys.stderr):
         if row.key in results.rows and row.method != "dense":  # the others are compared with the dense pictures
             continue
-        if row.precision == "fp8" and (reason := missing_kernels(place.device)):
+        if reason := _missing(row, place):
             tqdm.write(f"{row.key} not measured: {reason}", file=sys.stderr)
             continue
-        results.add(row.key, bench.measure(row), header)
+        measured = bench.measure(row)
+        results.add(row.key, measured, header)
+        if measured.get("recipe"):
+            about = {"model": name, **measured["search"]}
+            write_recipe(folder / f"recipe-{name}-{row.method}.json", SparsityConfig.from_dict(measured["recipe"]), about)
         if place.on_gpu:
             torch.cuda.empty_cache()
     tables = write_tables(folder)
     _show(results, Console(highlight=False))
     return [results.path, *tables]
+
+
+def _missing(row: Row, place: Place) -> str | None:
+    """Why a row cannot be measured here."""
+    if row.search is not None and find_spec("scipy") is None:
+        return "SciPy is not installed (pip install 'rtlynx[search]')"
+    if row.search == "time" and not place.on_gpu:
+        return "there is no GPU to measure times on"
+    return missing_kernels(place.device) if row.precision == "fp8" else None
 
 
 def _show(results: Results, console: Console) -> None:
