@@ -33,6 +33,7 @@ from rtlynx.evaluate import write_report
 from rtlynx.evaluate.bootstrap import interval, mean_interval
 from rtlynx.evaluate.likeness import psnr_db
 from rtlynx.evaluate.trajectory import Trajectory
+from rtlynx.recipe_file import read_recipe
 from tiny_pipeline import PROMPTS, tiny_pipeline
 
 SETTINGS = Settings(prompts=3, steps=3, batch=2, calibration_prompts=2, calibration_steps=2)
@@ -192,6 +193,41 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     Results(tmp_path, "other", {"prompts": 3}).add("dense", measured["dense"], [])
     text = (tmp_path / "quality.csv").read_text()
     assert "\nother,dense," in text and "\ntiny,dense," in text
+
+
+def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy", reason="the knapsack is SciPy's")
+    model, out = tmp_path / "mine" / "pipeline", tmp_path / "results"
+    tiny_pipeline().save_pretrained(model)
+    SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME).save(model / FILE_NAME)
+    sizes = {
+        "--prompts": 3,
+        "--steps": 2,
+        "--calibration-prompts": 2,
+        "--rank": 16,
+        "--ranks": "",
+        "--only": "naive,searched,searched_work",
+    }
+    arguments = ["bench", "quality", "--model", str(model), "--out", str(out), "--device", "cpu"]
+    arguments += [str(part) for pair in sizes.items() for part in pair]
+    measure, broken = QualityBench.measure, ["naive"]
+
+    def fragile(bench: QualityBench, row: Row) -> dict[str, object]:
+        if row.method in broken:
+            raise ValueError("out of luck")
+        return measure(bench, row)
+
+    monkeypatch.setattr(QualityBench, "measure", fragile)
+    first = CliRunner().invoke(app, arguments)
+    assert isinstance(first.exception, RuntimeError) and "1 rows failed: naive/magnitude/0" in str(first.exception)
+    stored = json.loads((out / "cpu" / "quality-mine.json").read_text())["rows"]
+    assert list(stored) == ["dense//0", "searched_work/shift/16"]  # no times to search by without a GPU
+    recipe = out / "cpu" / "recipe-mine-searched_work.json"
+    assert read_recipe(recipe) == SparsityConfig.from_dict(stored["searched_work/shift/16"]["recipe"])
+    broken.clear()
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    rows = json.loads((out / "cpu" / "quality-mine.json").read_text())["rows"]
+    assert set(rows) == {*stored, "naive/magnitude/0"} and rows["searched_work/shift/16"] == stored["searched_work/shift/16"]
 
 
 def test_pruned_weights_are_two_of_four_and_come_back(bench: QualityBench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,7 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     Raises:
         InvalidArgumentError: The model's folder is not one, or no row has the name asked for.
         DeviceError: The kernels cannot run on the device asked for.
+        RuntimeError: Rows failed; the others are written.
     """
     place = choose_place(wanted.device)
     source = DEFAULT_WEIGHTS if wanted.model == "small" else Path(wanted.model)
@@ -74,13 +76,21 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
         else [f"command: {command}", f"torch: {torch.__version__}, {place.name}, float32 reference"]
     )
     bench = QualityBench(pipe, SceneClassifier.load(source / FILE_NAME, place.device), settings, progress)
+    failed: dict[str, Exception] = {}
     for row in tqdm(todo, desc="rows", unit="row", disable=not progress, file=sys.stderr):
         if row.key in results.rows and row.method != "dense":  # the others are compared with the dense pictures
             continue
         if reason := _missing(row, place):
             tqdm.write(f"{row.key} not measured: {reason}", file=sys.stderr)
             continue
-        measured = bench.measure(row)
+        try:
+            measured = bench.measure(row)
+        except Exception as error:  # whatever it is, the rows that are left can still be measured
+            if row.method == "dense":
+                raise
+            tqdm.write(f"{row.key} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            failed[row.key] = error
+            continue
         results.add(row.key, measured, header)
         if measured.get("recipe"):
             about = {"model": name, **measured["search"]}
@@ -89,6 +99,8 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
             torch.cuda.empty_cache()
     tables = write_tables(folder)
     _show(results, Console(highlight=False))
+    if failed:
+        raise RuntimeError(f"bench quality: {len(failed)} rows failed: {', '.join(failed)}") from next(iter(failed.values()))
     return [results.path, *tables]
 
 
