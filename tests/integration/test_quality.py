@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +28,12 @@ from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.drawing import draw
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS
 from rtlynx.demo.scenes import random_scenes
+from rtlynx.eligibility import sparse_layers
 from rtlynx.evaluate import write_report
 from rtlynx.evaluate.bootstrap import interval, mean_interval
 from rtlynx.evaluate.likeness import psnr_db
 from rtlynx.evaluate.trajectory import Trajectory
+from rtlynx.recipe_file import read_recipe
 from tiny_pipeline import PROMPTS, tiny_pipeline
 
 SETTINGS = Settings(prompts=3, steps=3, batch=2, calibration_prompts=2, calibration_steps=2)
@@ -55,6 +58,9 @@ def measured(bench: QualityBench) -> dict[str, dict[str, object]]:
         Row("joint", Fit("joint", 16, ("shift", "permutation"), bias=True)),
         Row("joint_bias4", Fit("joint", 16, ("shift", "permutation"), bias=4)),
         Row("split_last", Fit("split", 8, ("shift",)), dense_last=0.34),
+        Row("split_rank16", Fit("split", 16, ("shift",))),
+        Row("split16", Fit("split", 16, ("shift",)), skip=True),
+        Row("split_weight", Fit("split", 8, ("shift",)), score="weight"),
         recipe_row("searched", SparsityConfig(include=("single_transformer_blocks.**",), rank=16, ranks={"**.proj_mlp": 0})),
     ]
     return {f"{row.method}{'_skip' if row.skip else ''}": bench.measure(row) for row in wanted}
@@ -83,7 +89,7 @@ def test_the_model_is_dense_and_unchanged_between_rows(bench: QualityBench, meas
 
 
 def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
-    every = list(rows(16, (8, 32)))
+    every = rows(16, (8, 32), [recipe_row("mine", SparsityConfig(rank=16))])
     assert len({row.key for row in every}) == len(every)
     assert every[0] == Row("dense")
     methods = {row.method for row in every}
@@ -101,7 +107,56 @@ def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
         "split_fp8",
     } <= methods
     assert {row.rank for row in every if row.method == "split"} == {8, 16, 32}
-    assert {row.selection for row in every if row.method == "joint"} == {"magnitude", "shift", "permutation", "shift+permutation"}
+    selections = {"magnitude", "shift", "permutation", "shift+permutation"}
+    assert {row.selection for row in every if row.method == "joint"} == selections | {"weight", "weight+shift", "weight+shift+permutation"}
+
+
+def test_what_says_most_is_measured_first() -> None:
+    order = [row.key for row in rows(64, (16, 32), [recipe_row("mine", SparsityConfig(rank=64))])]
+    claim = ["dense//0", "dense_floor//0", "dense_reseeded//0", "norm/magnitude/0", "paper_trained/magnitude/64", "split/magnitude/64"]
+    assert [order.index(key) for key in claim] == sorted(order.index(key) for key in claim) and order.index(claim[-1]) < 10
+    layers = ["norm_skip/magnitude/0", "paper_trained_skip/magnitude/64", "split_skip/shift/64", "searched/shift/64", "mine/shift/64"]
+    assert max(order.index(key) for key in layers) < 21
+    assert (
+        max(map(order.index, layers)) < order.index("split/shift/16") < order.index("split_fp8/shift/64") < order.index("joint/weight/64")
+    )
+    assert sorted(order) == sorted(row.key for row in [*rows(64, (32, 16)), recipe_row("mine", SparsityConfig(rank=64))])
+    assert {row.rank for row in rows(8, ()) if row.search} == {16}  # what configurations know
+
+
+def test_a_searched_row_is_no_worse_than_the_paper_s_layers_at_equal_cost(
+    bench: QualityBench, measured: dict[str, dict[str, object]]
+) -> None:
+    pytest.importorskip("scipy", reason="the knapsack is SciPy's")
+    row, by_hand = bench.measure(Row("searched_work", Fit("split", 16, ("shift",)), search="work")), measured["split16_skip"]
+    json.dumps(row)
+    found, *others = row["search"]["points"]  # type: ignore[index]
+    assert row["selection"] == "shift" and row["rank"] == by_hand["rank"] == 16
+    assert found["time"] <= row["search"]["limit"] * (1 + 1e-9) and row["search"]["of_dense"] < 1  # type: ignore[index]
+    paper = next(point for point in others if point["name"].startswith("paper"))
+    assert paper["time"] == pytest.approx(row["search"]["limit"]) and found["measured"] <= paper["measured"]  # type: ignore[index]
+    assert row["velocity_rel_err"][0] < 1.05 * by_hand["velocity_rel_err"][0]  # type: ignore[index] # on other prompts
+    dense = {name for name, error in row["layer_rel_err"].items() if error == 0}  # type: ignore[attr-defined]
+    config = SparsityConfig.from_dict(row["recipe"])  # type: ignore[arg-type]
+    assert set(config.include or ()) == set(row["layer_rel_err"]) - dense  # type: ignore[call-overload]
+    assert set(sparse_layers(rtlynx.apply(tiny_pipeline(), config).transformer)) == set(config.include or ())
+
+
+def test_rows_that_fit_alike_fit_once(bench: QualityBench, measured: dict[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtlynx.bench.quality.run.fit_input", lambda *_: pytest.fail("fitted again"))
+    again = bench.measure(Row("split_first", Fit("split", 8, ("shift",)), dense_first=0.34))
+    assert again["layer_rel_err"] == measured["split"]["layer_rel_err"]
+    assert measured["split_weight"]["layer_rel_err"] != measured["split"]["layer_rel_err"]
+
+
+def test_several_processes_add_to_one_file(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    one, other = (Results(tmp_path, "tiny", {"prompts": 3}) for _ in range(2))
+    for results, name in ((one, "naive"), (other, "dense"), (one, "split"), (other, "naive")):
+        results.add(name, measured[name], [])
+    assert set(Results(tmp_path, "tiny", {"prompts": 3}).rows) == {"naive", "dense", "split"}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    for part in ("0/2", "3/2", "half"):
+        assert CliRunner().invoke(app, ["bench", "quality", "--part", part, "--device", "cpu", "--out", str(tmp_path)]).exit_code == 2
 
 
 def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:
@@ -112,7 +167,9 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     assert lines[:2] == ["# model: tiny", "# gpu: none"]
     table = list(csv.DictReader(lines[2:]))
     assert tuple(table[0]) == COLUMNS
-    assert [row["method"] for row in table] == [row["method"] for row in measured.values()]
+    assert sorted(row["method"] for row in table) == sorted(row["method"] for row in measured.values())
+    selections = [row["selection"] for row in table]
+    assert len(list(groupby(selections))) == len(set(selections))  # rows of one selection together
     assert table[0]["velocity_rel_err"] == "0" and table[0]["psnr_db"] == "" and float(table[4]["psnr_db"]) > 0
     intervals = list(csv.DictReader((tmp_path / "quality_intervals.csv").read_text().splitlines()[2:]))
     assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
@@ -136,6 +193,41 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     Results(tmp_path, "other", {"prompts": 3}).add("dense", measured["dense"], [])
     text = (tmp_path / "quality.csv").read_text()
     assert "\nother,dense," in text and "\ntiny,dense," in text
+
+
+def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy", reason="the knapsack is SciPy's")
+    model, out = tmp_path / "mine" / "pipeline", tmp_path / "results"
+    tiny_pipeline().save_pretrained(model)
+    SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME).save(model / FILE_NAME)
+    sizes = {
+        "--prompts": 3,
+        "--steps": 2,
+        "--calibration-prompts": 2,
+        "--rank": 16,
+        "--ranks": "",
+        "--only": "naive,searched,searched_work",
+    }
+    arguments = ["bench", "quality", "--model", str(model), "--out", str(out), "--device", "cpu"]
+    arguments += [str(part) for pair in sizes.items() for part in pair]
+    measure, broken = QualityBench.measure, ["naive"]
+
+    def fragile(bench: QualityBench, row: Row) -> dict[str, object]:
+        if row.method in broken:
+            raise ValueError("out of luck")
+        return measure(bench, row)
+
+    monkeypatch.setattr(QualityBench, "measure", fragile)
+    first = CliRunner().invoke(app, arguments)
+    assert isinstance(first.exception, RuntimeError) and "1 rows failed: naive/magnitude/0" in str(first.exception)
+    stored = json.loads((out / "cpu" / "quality-mine.json").read_text())["rows"]
+    assert list(stored) == ["dense//0", "searched_work/shift/16"]  # no times to search by without a GPU
+    recipe = out / "cpu" / "recipe-mine-searched_work.json"
+    assert read_recipe(recipe) == SparsityConfig.from_dict(stored["searched_work/shift/16"]["recipe"])
+    broken.clear()
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    rows = json.loads((out / "cpu" / "quality-mine.json").read_text())["rows"]
+    assert set(rows) == {*stored, "naive/magnitude/0"} and rows["searched_work/shift/16"] == stored["searched_work/shift/16"]
 
 
 def test_pruned_weights_are_two_of_four_and_come_back(bench: QualityBench) -> None:

@@ -29,6 +29,9 @@ def quality(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and calibration.")] = 0,
     training_steps: Annotated[int, typer.Option(min=1, help="Of the paper's trained branch; its rows take most of the time.")] = 2000,
+    part: Annotated[
+        str, typer.Option(help="`1/2` and `2/2`: two processes, each on a GPU of its own and into one folder, share the rows.")
+    ] = "1/1",
     commit: Annotated[str | None, typer.Option(help="The commit to name in the files, where git cannot tell.")] = None,
 ) -> None:
     """Measure every method of compensation on a trained model: velocities, pictures, layers. An interrupted run goes on."""
@@ -49,9 +52,16 @@ def quality(
         training_steps=training_steps,
     )
     names = frozenset(filter(None, only.split(",")))
-    wanted = Wanted(model, device, rank, tuple(int(each) for each in ranks.split(",") if each), names, tuple(recipe or ()))
+    wanted = Wanted(model, device, rank, tuple(int(each) for each in ranks.split(",") if each), names, tuple(recipe or ()), _part(part))
     files = run_quality(wanted, settings, out, commit)
     Console(highlight=False).print("\n".join(f"wrote {path}" for path in files))
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise typer.BadParameter(f"{text!r} is not a part such as 1/2", param_hint="--part")
+    return int(number), int(count)
 
 
 def quality_docs(

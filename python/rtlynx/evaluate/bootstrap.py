@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,12 +29,22 @@ def interval(statistic: Callable[[Tensor], float], samples: int, resamples: int 
         resamples: How often to draw as many again.
         seed: The same seed draws the same resamples, so that intervals of differences between methods are paired.
     """
-    value = statistic(torch.arange(samples))
-    drawn = torch.tensor([statistic(chosen) for chosen in resampled(samples, resamples, seed)], dtype=torch.float64)
-    if not len(drawn):
+    return interval_of(values_of(statistic, samples, resamples, seed))
+
+
+def values_of(statistic: Callable[[Tensor], float], samples: int, resamples: int = RESAMPLES, seed: int = 0) -> list[float]:
+    """The figure of the samples as they are, then of every resample; arguments as in `interval`."""
+    return [statistic(torch.arange(samples)), *(statistic(chosen) for chosen in resampled(samples, resamples, seed))]
+
+
+def interval_of(values: Sequence[float]) -> Interval:
+    """The interval of what `values_of` found, or of differences between two of them."""
+    value, *drawn = values
+    if not drawn:
         return Interval(value, value, value)
     tail = (1 - LEVEL) / 2
-    low, high = torch.quantile(drawn, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    ends = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.quantile(torch.tensor(drawn, dtype=torch.float64), ends).tolist()
     return Interval(value, low, high)
 
 

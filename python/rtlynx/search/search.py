@@ -149,16 +149,16 @@ def search(
         for layer in layers.values():
             layer.set_compensation()
         with all_dense(layers):
-            trajectory = _record(root, judge_runs, calls)
+            trajectory = record(root, judge_runs, calls)
             effects = Effects(units, options)
             total = probes * len(trajectory.calls)
             for _ in tqdm(effects.measure(root, trajectory, probes, seed), desc="search: probes", total=total, disable=not progress):
                 pass
             milliseconds, times_from = option_times(units, options, effects.rows, config, times)
             with tqdm(desc="search: measuring", unit="choice", disable=not progress) as bar:
-                chooser = _Chooser(root, units, options, effects.single, milliseconds, trajectory, bar.update)
+                chooser = Chooser(root, units, options, effects.single, milliseconds, trajectory, bar.update)
                 points, best = chooser.choose(chooser.limit(budget), refine)
-    config = _config(config, units, [options[o] for o in best])
+    config = config_of(config, units, [options[o] for o in best])
     apply(root, config)
     for unit, o in zip(units, best, strict=True):
         if options[o] is not None:
@@ -171,7 +171,7 @@ def search(
     return Search(config, replace(Compensation.from_model(root), made_with=made_with), tuple(points), times_from)
 
 
-class _Chooser:
+class Chooser:
     """Chooses by estimates, and measures what was chosen."""
 
     def __init__(
@@ -270,7 +270,7 @@ def _runs(
     return fitting, pipeline_runs("search", pipe, prompts[-others:], None, seed + 1_000_003, batch_size, pipe_kwargs)
 
 
-def _record(root: nn.Module, runs: Sequence[Run], calls: int) -> Trajectory:
+def record(root: nn.Module, runs: Sequence[Run], calls: int) -> Trajectory:
     """Calls of the dense model on the held-out runs; the first run says how many there are in one."""
     counted = [0]
     handle = root.register_forward_hook(lambda *_: counted.__setitem__(0, counted[0] + 1))
@@ -289,7 +289,7 @@ def _record(root: nn.Module, runs: Sequence[Run], calls: int) -> Trajectory:
     return trajectory
 
 
-def _config(config: SparsityConfig, units: Sequence[Unit], choice: Sequence[Option]) -> SparsityConfig:
+def config_of(config: SparsityConfig, units: Sequence[Unit], choice: Sequence[Option]) -> SparsityConfig:
     """The configuration that says the choice: sparse layers by name, and their ranks where they are not the usual one."""
     ranks = {name: option for unit, option in zip(units, choice, strict=True) if option is not None for name in unit.layers}
     if not ranks:

@@ -12,7 +12,7 @@ from rtlynx.calibrate.collect import LayerInput
 
 
 @torch.no_grad()
-def layers_ms(inputs: Iterable[LayerInput], tokens: int, repeats: int = 5) -> float | None:
+def layers_ms(inputs: Iterable[LayerInput], tokens: int, repeats: int = 10) -> float | None:
     """Milliseconds of all layers together, as they are now, each input with as many tokens as its share of ``tokens``; None without a GPU.
 
     Layers that read one input are timed one after the other on the same tensor, as the model calls them: what they share counts once.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,14 +14,15 @@ from tqdm.auto import tqdm
 
 from rtlynx.bench.machine import describe, gpu_slug
 from rtlynx.bench.quality.results import COLUMNS, Results, write_tables
-from rtlynx.bench.quality.rows import recipe_row, rows
+from rtlynx.bench.quality.rows import Row, recipe_row, rows
 from rtlynx.bench.quality.run import QualityBench, Settings
+from rtlynx.config import SparsityConfig
 from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS, ScenesPipeline
-from rtlynx.demo.place import choose_place
+from rtlynx.demo.place import Place, choose_place
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import missing_kernels
-from rtlynx.recipe_file import read_recipe
+from rtlynx.recipe_file import read_recipe, write_recipe
 from rtlynx.report import Column, terminal_table
 
 
@@ -33,6 +36,7 @@ class Wanted:
     ranks: tuple[int, ...]
     only: frozenset[str]
     recipes: tuple[Path, ...] = ()
+    part: tuple[int, int] = (1, 1)
 
 
 def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | None, progress: bool = True) -> list[Path]:
@@ -44,6 +48,7 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     Raises:
         InvalidArgumentError: The model's folder is not one, or no row has the name asked for.
         DeviceError: The kernels cannot run on the device asked for.
+        RuntimeError: Rows failed; the others are written.
     """
     place = choose_place(wanted.device)
     source = DEFAULT_WEIGHTS if wanted.model == "small" else Path(wanted.model)
@@ -57,11 +62,13 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
     results = Results(folder, name, {**asdict(settings), "parameters": parameters, "dtype": str(place.dtype)})
 
-    every = [*rows(wanted.rank, wanted.ranks), *(recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes)]
+    every = rows(wanted.rank, wanted.ranks, [recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes])
     todo = [row for row in every if not wanted.only or row.method in wanted.only | {"dense"}]
-    if wanted.only - {row.method for row in todo}:
+    if wanted.only - {row.method for row in todo}:  # before this process takes its part of them
         known = ", ".join(sorted({row.method for row in every}))
         raise InvalidArgumentError("bench quality", "only", ", ".join(sorted(wanted.only)), f"some of {known}")
+    part, parts = wanted.part
+    todo = [row for i, row in enumerate(todo) if row.method == "dense" or i % parts == part - 1]
     command = f"rtlynx bench quality --model {wanted.model} --prompts {settings.prompts} --steps {settings.steps} --rank {wanted.rank}"
     header = (
         describe(command, commit)
@@ -69,18 +76,41 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
         else [f"command: {command}", f"torch: {torch.__version__}, {place.name}, float32 reference"]
     )
     bench = QualityBench(pipe, SceneClassifier.load(source / FILE_NAME, place.device), settings, progress)
+    failed: dict[str, Exception] = {}
     for row in tqdm(todo, desc="rows", unit="row", disable=not progress, file=sys.stderr):
         if row.key in results.rows and row.method != "dense":  # the others are compared with the dense pictures
             continue
-        if row.precision == "fp8" and (reason := missing_kernels(place.device)):
+        if reason := _missing(row, place):
             tqdm.write(f"{row.key} not measured: {reason}", file=sys.stderr)
             continue
-        results.add(row.key, bench.measure(row), header)
+        try:
+            measured = bench.measure(row)
+        except Exception as error:  # whatever it is, the rows that are left can still be measured
+            if row.method == "dense":
+                raise
+            tqdm.write(f"{row.key} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            failed[row.key] = error
+            continue
+        results.add(row.key, measured, header)
+        if measured.get("recipe"):
+            about = {"model": name, **measured["search"]}
+            write_recipe(folder / f"recipe-{name}-{row.method}.json", SparsityConfig.from_dict(measured["recipe"]), about)
         if place.on_gpu:
             torch.cuda.empty_cache()
     tables = write_tables(folder)
     _show(results, Console(highlight=False))
+    if failed:
+        raise RuntimeError(f"bench quality: {len(failed)} rows failed: {', '.join(failed)}") from next(iter(failed.values()))
     return [results.path, *tables]
+
+
+def _missing(row: Row, place: Place) -> str | None:
+    """Why a row cannot be measured here."""
+    if row.search is not None and find_spec("scipy") is None:
+        return "SciPy is not installed (pip install 'rtlynx[search]')"
+    if row.search == "time" and not place.on_gpu:
+        return "there is no GPU to measure times on"
+    return missing_kernels(place.device) if row.precision == "fp8" else None
 
 
 def _show(results: Results, console: Console) -> None:

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +41,49 @@ class Results:
     def __init__(self, folder: Path, model: str, settings: Mapping[str, Any]) -> None:
         self.folder, self.path = folder, folder / f"quality-{model}.json"
         self.model, self.settings = model, json.loads(json.dumps(settings))
-        self.rows: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            stored = json.loads(self.path.read_text())
-            if stored["settings"] != self.settings:
-                changed = [key for key in self.settings if stored["settings"].get(key) != self.settings[key]]
-                got = f"{self.path} measured with another {', '.join(changed)}"
-                raise InvalidArgumentError("bench quality", "out", got, "another folder, or no such file: remove it to measure anew")
-            self.rows = stored["rows"]
+        self.rows: dict[str, dict[str, Any]] = self._stored()
+
+    def _stored(self) -> dict[str, dict[str, Any]]:
+        if not self.path.is_file():
+            return {}
+        stored = json.loads(self.path.read_text())
+        if stored["settings"] != self.settings:
+            changed = [key for key in self.settings if stored["settings"].get(key) != self.settings[key]]
+            got = f"{self.path} measured with another {', '.join(changed)}"
+            raise InvalidArgumentError("bench quality", "out", got, "another folder, or no such file: remove it to measure anew")
+        rows: dict[str, dict[str, Any]] = stored["rows"]
+        return rows
 
     def add(self, key: str, row: Mapping[str, Any], header: Iterable[str]) -> None:
-        """Keep a row and write all files."""
-        self.rows[key] = {"model": self.model, **row}
-        write_json(self.path, {"settings": self.settings, "header": list(header), "rows": self.rows})
-        write_tables(self.folder)
+        """Keep a row, beside those that other processes have added meanwhile, and write all files."""
+        with _alone_in(self.folder):
+            self.rows = {**self._stored(), key: {"model": self.model, **row}}
+            write_json(self.path, {"settings": self.settings, "header": list(header), "rows": self.rows})
+            write_tables(self.folder)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Inside the block no other process is in such a block for the same folder; a process that dies leaves nothing behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_tables(folder: Path) -> list[Path]:
     """Make quality.csv, quality_intervals.csv and quality_layers.csv from the JSON files of all models in a folder."""
     stored = [json.loads(path.read_text()) for path in sorted(folder.glob("quality-*.json"))]
     header = [f"# {line}\n" for file in stored for line in [f"model: {_model(file)}", *file["header"]]]
-    rows = [row for file in stored for row in file["rows"].values()]
+    rows = [row for file in stored for row in sorted(file["rows"].values(), key=_place)]
     tables = {
         "quality.csv": (COLUMNS, [{key: _value(row[key]) for key in COLUMNS} for row in rows]),
         "quality_intervals.csv": (("model", "method", "selection", "rank", "figure", "value", "low", "high"), _intervals(rows)),
@@ -74,6 +98,14 @@ def write_tables(folder: Path) -> list[Path]:
             writer.writerow({key: _printed(value) for key, value in line.items()})
         write_text(folder / name, text.getvalue())
     return [folder / name for name in tables]
+
+
+_SELECTIONS = ("", "magnitude", "weight", "shift", "weight+shift", "permutation", "shift+permutation", "weight+shift+permutation")
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, bool]:
+    """Rows of one selection together, the dense one first; else as they were measured, which is in the order of what says most."""
+    return _SELECTIONS.index(row["selection"]), row["method"] != "dense"
 
 
 def _model(file: Mapping[str, Any]) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from rtlynx.calibrate.fit import Fit
-from rtlynx.config import Precision, SparsityConfig
+from rtlynx.config import Precision, Selection, SparsityConfig
+from rtlynx.reference import RANK_MULTIPLE
 
 Pruning = Literal["magnitude", "wanda"]
+Cost = Literal["time", "work"]
+"""What `rtlynx.search` keeps to the budget: measured time, or the work that tensor cores do."""
 
 GROUPS = 4
 """Of timesteps, in the rows whose bias is fitted per group."""
@@ -31,6 +34,9 @@ class Row:
         dense_first: Share of the steps, at their start, that stay dense.
         dense_last: The same at their end.
         precision: Of the sparse products' operands.
+        score: What selection compares, as in `SparsityConfig`.
+        search: Layers and ranks as `rtlynx.search` finds them at what the paper's hand-picked layers cost, counted so; the fit's rank is
+            the largest to choose from.
         recipe: Configuration of `rtlynx.search`, instead of sparse layers that are all alike; the fit's ranks are the recipe's.
     """
 
@@ -44,12 +50,16 @@ class Row:
     dense_first: float = 0.0
     dense_last: float = 0.0
     precision: Precision = "model"
+    score: Selection = "magnitude"
+    search: Cost | None = None
     recipe: SparsityConfig | None = None
 
     @property
     def selection(self) -> str:
         """The selection's options, as the file names them."""
-        return "" if self.fit is None else "+".join(self.fit.selection) or "magnitude"
+        if self.fit is None:
+            return ""
+        return "+".join((*(["weight"] if self.score == "weight" else []), *self.fit.selection)) or "magnitude"
 
     @property
     def rank(self) -> int:
@@ -66,13 +76,48 @@ def recipe_row(name: str, config: SparsityConfig) -> Row:
     return Row(name, Fit("split", config.rank, SHIFT, norm_compensation=config.norm_compensation, ranks=config.ranks), recipe=config)
 
 
-def rows(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
-    """All rows; those that share a selection follow each other, since they share its moments.
+def rows(rank: int, ranks: tuple[int, ...], recipes: Iterable[Row] = ()) -> list[Row]:
+    """All rows, those that say most first: what a bench that is stopped has measured by then is what one would want to know.
 
     Args:
         rank: At which all methods are compared.
         ranks: At which the ones that matter most are.
+        recipes: Rows of recipe files.
     """
+    return sorted([*_all(rank, ranks), *recipes], key=lambda row: _stage(row, rank))
+
+
+_CORE = ("norm", "paper", "split", "refit", "joint")
+_SKIPS = ("norm_skip", "paper_trained_skip", "split_skip")
+
+
+def _stage(row: Row, rank: int) -> int:
+    """How soon a row is measured; rows of one stage keep their order, in which those that share a selection follow each other."""
+    at_rank, selection = row.rank in (0, rank), row.selection
+    if row.method in ("dense", "dense_floor", "dense_reseeded"):
+        return 0
+    if row.method in ("naive", *_CORE, "paper_trained") and at_rank and selection == "magnitude":
+        return 1  # the paper's ablation, and every method at equal rank
+    if row.method in ("norm", "split", "joint") and at_rank and selection == "shift":
+        return 2
+    if row.search is not None or row.recipe is not None or (row.method in _SKIPS and selection in ("magnitude", "shift")):
+        return 3  # which layers stay dense
+    if row.fit is None:
+        return 4  # 2:4 weights, fewer steps
+    if row.method in ("norm", "paper", "split", "joint") and at_rank and row.score == "magnitude":
+        return 5  # the other selections
+    if row.method in ("paper", "split", "joint") and selection in ("magnitude", "shift"):
+        return 6  # ranks
+    if row.method == "paper_trained":
+        return 9  # the slowest rows
+    if row.precision == "fp8" and selection in ("magnitude", "shift"):
+        return 7
+    if ((row.dense_first or row.dense_last) and selection == "shift") or row.score == "weight":
+        return 8
+    return 9 if selection != "permutation" else 10
+
+
+def _all(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield Row("dense")
     yield Row("dense_floor", other_precision=True)
     yield Row("dense_reseeded", reseeded=True)
@@ -84,6 +129,13 @@ def rows(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield from _plain_selection(rank, ranks)
     for selection in (SHIFT, PERMUTATION, BOTH):
         yield from _better_selection(selection, rank, ranks)
+    largest = Fit("split", rank + -rank % RANK_MULTIPLE, SHIFT)  # configurations know no other ranks
+    yield Row("searched", largest, search="time")
+    yield Row("searched_work", largest, search="work")
+    for options in (NONE, SHIFT, BOTH):
+        yield Row("norm", Fit("plain", 0, options), score="weight")
+        yield Row("split", Fit("split", rank, options), score="weight")
+        yield Row("joint", Fit("joint", rank, options), score="weight")
 
 
 def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:

@@ -18,9 +18,10 @@ from rtlynx.bench.quality.judge import Judge, Verdict
 from rtlynx.bench.quality.layer_time import layers_ms
 from rtlynx.bench.quality.pruning import pruned_weights
 from rtlynx.bench.quality.rows import Row
+from rtlynx.bench.quality.searched import Found, Searcher
 from rtlynx.bias_groups import install_bias_groups, of_many_steps
 from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect
-from rtlynx.calibrate.fit import Cache, fit_input
+from rtlynx.calibrate.fit import Cache, Tensors, fit_input
 from rtlynx.calibrate.runs import pipeline_runs
 from rtlynx.config import SparsityConfig
 from rtlynx.demo import captions
@@ -31,7 +32,7 @@ from rtlynx.demo.pipeline import ScenesPipeline
 from rtlynx.demo.scenes import random_scenes
 from rtlynx.dense_steps import install_dense_steps, is_dense
 from rtlynx.eligibility import sparse_layers
-from rtlynx.evaluate.bootstrap import Interval, interval, mean_interval
+from rtlynx.evaluate.bootstrap import Interval, interval, interval_of, mean_interval, values_of
 from rtlynx.evaluate.likeness import psnr_db
 from rtlynx.evaluate.trajectory import Trajectory, VelocityErrors
 from rtlynx.patterns import first_match
@@ -82,24 +83,30 @@ class QualityBench:
         self.layers = sparse_layers(pipe.transformer)
         self.inputs = self._gather(calibration, 4, 0)
         self.held_out = self._gather(held_out, _HELD_OUT_TOKENS_PER_CHANNEL, 1_000_003)
+        self._held_out_prompts = held_out
+        self._searcher: Searcher | None = None
+        self._found: Found | None = None
         self._cache: Cache = {}
         self._cached: tuple[object, ...] = ()
+        self._fitted: dict[tuple[object, ...], dict[str, Tensors]] = {}
         self._trajectory = Trajectory()
         self._pictures: Tensor | None = None
         self._verdict: Verdict | None = None
+        self._dense_frechet: list[float] = []
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Everything about one row, JSON-able."""
         started = time.perf_counter()
         with self._as(row):
-            fitted = time.perf_counter() - started
+            fitted, found = time.perf_counter() - started, self._found
             pictures = self._sample(row)
             errors = self._velocity(row)
             layer_error = self._layer_errors() if row.fit is not None else {}
             ms = self._layer_ms(row) if row.pruning is None and not row.other_precision else None
         verdict = self.judge.look(pictures)
+        frechet = values_of(lambda chosen: self.judge.frechet(verdict.features[chosen]), len(pictures), _FRECHET_RESAMPLES)
         if row.method == "dense":
-            self._pictures, self._verdict = pictures, verdict
+            self._pictures, self._verdict, self._dense_frechet = pictures, verdict, frechet
         assert self._pictures is not None and self._verdict is not None, "the dense row comes first"
         return {
             "method": row.method,
@@ -108,14 +115,15 @@ class QualityBench:
             "velocity_rel_err": None if errors is None else interval(errors.relative, len(pictures)),
             "velocity_by_step": None if errors is None else dict(zip(errors.steps, errors.by_step(), strict=True)),
             "psnr_db": None if row.method == "dense" else mean_interval(psnr_db(pictures, self._pictures)),
-            "frechet": self._frechet(verdict.features),
-            "frechet_minus_dense": self._frechet(verdict.features, self._verdict.features),
+            "frechet": interval_of(frechet),
+            "frechet_minus_dense": interval_of([own - dense for own, dense in zip(frechet, self._dense_frechet, strict=True)]),
             "attribute_accuracy": self._accuracy(verdict),
             "attribute_accuracy_minus_dense": self._accuracy(verdict, self._verdict),
             "layer_ms": ms,
             "layer_rel_err": layer_error,
             "fit_seconds": round(fitted, 2),
             "seconds": round(time.perf_counter() - started, 2),
+            **({} if found is None else {"search": found.about, "recipe": None if found.config is None else found.config.to_dict()}),
         }
 
     @property
@@ -135,7 +143,12 @@ class QualityBench:
                 layer.dense = row.fit is None or first_match(name, skipped) is not None
                 if row.recipe is not None:
                     layer.dense = first_match(name, row.recipe.include or ()) is None
-            if row.fit is not None:
+            self._found = None
+            if row.search is not None:
+                self._found = self._search(row)
+                for unit, option in self._found.choice:
+                    unit.choose(option)
+            elif row.fit is not None:
                 self._fit(row)
             install_dense_steps(self.pipe.transformer, _config(row))
             stack.callback(install_dense_steps, self.pipe.transformer, None)
@@ -148,14 +161,27 @@ class QualityBench:
 
     def _fit(self, row: Row) -> None:
         assert row.fit is not None
-        key = (row.fit.selection, row.fit.norm_compensation, row.fit.bias)
-        if key != self._cached:
-            self._cache, self._cached = {}, key
-        device = next(iter(self.layers.values())).weight.device
         fit = replace(row.fit, training_steps=self.settings.training_steps)
-        for input in self.inputs:
-            for name, tensors in fit_input(input, fit, device, self._cache):
-                self.layers[name].set_compensation(**tensors)
+        if (fit, row.score) not in self._fitted:
+            key = (row.score, fit.selection, fit.norm_compensation, fit.bias)
+            if key != self._cached:
+                self._cache, self._cached = {}, key
+            device = next(iter(self.layers.values())).weight.device
+            found = (part for input in self.inputs for part in fit_input(input, fit, device, self._cache))
+            self._fitted[fit, row.score] = dict(found)  # rows that differ in what else is done share it
+        for name, tensors in self._fitted[fit, row.score].items():
+            self.layers[name].set_compensation(**tensors)
+
+    def _search(self, row: Row) -> Found:
+        assert row.fit is not None and row.search is not None
+        if self._searcher is None:
+            texts, settings, model = self._held_out_prompts, self.settings, self.pipe.transformer
+            options = {"num_inference_steps": settings.calibration_steps}
+            runs = pipeline_runs("bench quality", self.pipe, texts, None, settings.seed + 2_000_003, len(texts), options)
+            scale = settings.batch / len(texts)
+            config = replace(_config(row), rank=row.rank)
+            self._searcher = Searcher(model, self.layers, self.inputs, row.fit, config, runs, scale, self.progress)
+        return self._searcher.find(row.search)
 
     @contextmanager
     def _other_precision(self) -> Iterator[None]:
@@ -232,12 +258,6 @@ class QualityBench:
         right = verdict.right - (0 if minus is None else minus.right)
         return interval(lambda chosen: float(right[chosen].sum() / verdict.asked[chosen].sum()), len(right))
 
-    def _frechet(self, features: Tensor, minus: Tensor | None = None) -> Interval:
-        def distance(chosen: Tensor) -> float:
-            return self.judge.frechet(features[chosen]) - (0.0 if minus is None else self.judge.frechet(minus[chosen]))
-
-        return interval(distance, len(features), _FRECHET_RESAMPLES)
-
     def _gather(self, prompts: list[str], tokens_per_channel: float, seed: int) -> list[LayerInput]:
         settings, device = self.settings, next(iter(self.layers.values())).weight.device
         options = {"num_inference_steps": settings.calibration_steps}
@@ -256,5 +276,6 @@ def _config(row: Row) -> SparsityConfig:
         dense_first=row.dense_first,
         dense_last=row.dense_last,
         precision=row.precision,
+        selection=row.score,
         small_m="sparse",
     )
