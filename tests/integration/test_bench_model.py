@@ -69,6 +69,7 @@ def test_steps_of_every_model(name: str) -> None:
         assert row.gemm_ms + row.attention_ms + row.select_ms + row.other_ms == pytest.approx(row.step_ms)
         assert (row.select_ms > 0) is (row.mode != "dense")
         assert row.gap_ms < row.other_ms
+        assert math.isnan(row.graph_ms)  # there is no GPU
     assert rows[0].speedup == 1 and rows[2].speedup == pytest.approx(rows[0].step_ms / rows[2].step_ms)
     assert rows[2].memory_gb > rows[0].memory_gb == rows[1].memory_gb
     assert any(note.startswith("apply with a branch of rank 16") for note in notes)
@@ -139,7 +140,7 @@ def test_breakdown_counts_each_op_once() -> None:
 
 
 def row(model: str, mode: str, step_ms: float) -> StepTimes:
-    return StepTimes(model, 1024, 1024, mode, True, step_ms, 60.0, 20.0, 0.0, step_ms - 80, 24.5, 130 / step_ms, 5.0)
+    return StepTimes(model, 1024, 1024, mode, True, step_ms, 60.0, 20.0, 0.0, step_ms - 80, 24.5, 130 / step_ms, 5.0, step_ms - 5)
 
 
 def test_results_of_a_model_replace_its_earlier_ones_only(tmp_path: Path) -> None:
@@ -151,15 +152,16 @@ def test_results_of_a_model_replace_its_earlier_ones_only(tmp_path: Path) -> Non
     assert notes == ["z-image 1024x1024: commit b", "flux.1-dev 1024x1024: commit c"]
     assert rows == [row("z-image", "dense", 100), row("flux.1-dev", "dense", 125)]
     header = next(line for line in path.read_text().splitlines() if not line.startswith("#"))
-    assert header == "model,height,width,mode,compiled,step_ms,gemm_ms,attention_ms,select_ms,other_ms,memory_gb,speedup,gap_ms"
+    assert header == "model,height,width,mode,compiled,step_ms,gemm_ms,attention_ms,select_ms,other_ms,memory_gb,speedup,gap_ms,graph_ms"
 
 
-def test_files_without_gaps_are_read(tmp_path: Path) -> None:
+def test_files_of_older_versions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "model.csv"
     write_steps(path, [], [row("z-image", "dense", 100)])
-    path.write_text("\n".join(line.rpartition(",")[0] for line in path.read_text().splitlines()))
+    path.write_text("\n".join(line.rsplit(",", 2)[0] for line in path.read_text().splitlines()))
     (old,) = read_steps(path)[1]
-    assert math.isnan(old.gap_ms) and old == dataclasses.replace(row("z-image", "dense", 100), gap_ms=old.gap_ms)
+    assert math.isnan(old.gap_ms) and math.isnan(old.graph_ms)
+    assert old == dataclasses.replace(row("z-image", "dense", 100), gap_ms=old.gap_ms, graph_ms=old.graph_ms)
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ class StepTimes:
         speedup: Over the dense step that is compiled like this one.
         gap_ms: Of `other_ms`, what no kernel ran in: the device waited for the host. From the profile, so it can be a little off, also
             below 0; NaN in files of versions that did not tell.
+        graph_ms: Median time of the same forward replayed as a CUDA graph, where the host costs nothing; NaN where it is not compiled, not
+            on a GPU, or cannot be captured.
     """
 
     model: str
@@ -56,6 +58,7 @@ class StepTimes:
     memory_gb: float
     speedup: float
     gap_ms: float = math.nan
+    graph_ms: float = math.nan
 
 
 def _dense(module: nn.Module, rank: int) -> None:
@@ -213,6 +216,7 @@ def measure_step(
                 select_ms=kinds["select"],
                 other_ms=step_ms - kinds["gemm"] - kinds["attention"] - kinds["select"],
                 gap_ms=step_ms - sum(kinds.values()),
+                graph_ms=_replayed(call, device, repeats) if use_compiler else math.nan,
                 memory_gb=memory[mode, use_compiler],
                 speedup=times["dense", use_compiler] / step_ms,
             )
@@ -247,6 +251,20 @@ def time_in_turns(calls: Mapping[Any, Callable[[], object]], device: torch.devic
             _synchronize(device)
             times[key].append((time.perf_counter() - start) * 1e3)
     return {key: statistics.median(values) for key, values in times.items()}
+
+
+def _replayed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median milliseconds of a call captured as a CUDA graph; NaN where there are none, or something in it cannot be captured."""
+    if device.type != "cuda":
+        return math.nan
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError as error:
+        logger.warning("no CUDA graph of a step: %s", error)
+        return math.nan
+    return time_in_turns({"": graph.replay}, device, repeats)[""]
 
 
 def _synchronize(device: torch.device) -> None:

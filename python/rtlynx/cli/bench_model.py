@@ -62,7 +62,7 @@ def model(
         Column("mode", "mode"),
         Column("compiled", "compiled"),
         *(Column(key, heading, "{:.1f}") for key, heading in (("step_ms", "step ms"), ("gemm_ms", "GEMM ms"))),
-        *(Column(f"{key}_ms", f"{key} ms", "{:.1f}") for key in ("attention", "select", "other", "gap")),
+        *(Column(f"{key}_ms", f"{key} ms", "{:.1f}") for key in ("attention", "select", "other", "gap", "graph")),
         Column("memory_gb", "memory GB", "{:.1f}"),
         Column("speedup", "speedup", "{:.2f}"),
     ]
