@@ -283,6 +283,17 @@ def test_a_subclass_of_a_known_block_is_another_block() -> None:
     assert type(block[0]) is Mine
 
 
+def test_a_block_that_was_wrapped_before_is_left_alone(taken_in: list[tuple[str, bool]], caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = ALL["flux"].build("cpu", F32), ALL["flux"].inputs("cpu", F32)
+    accelerate.hooks.add_hook_to_module(model.single_transformer_blocks[0], accelerate.hooks.ModelHook())
+    with caplog.at_level(logging.INFO, "rtlynx"):
+        rtlynx.apply(model)
+    assert "a FluxSingleTransformerBlock stays as it is: its forward is wrapped by a hook" in caplog.text
+    assert sum(bool(row.fused) for row in rtlynx.summary(model)) == 3
+    output(model, inputs)
+    assert len(taken_in) == 3
+
+
 def test_an_attention_processor_of_the_users_is_called(taken_in: list[tuple[str, bool]]) -> None:
     class Mine(transformer_flux2.Flux2ParallelSelfAttnProcessor):
         pass

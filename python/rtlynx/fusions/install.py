@@ -19,6 +19,9 @@ def install_fusions(root: nn.Module, enabled: bool = True) -> None:
         cls = original_class(block)
         has_sparse = enabled and any(isinstance(module, SparseLinear) for module in block.modules())
         wanted = fused_class(cls) if has_sparse else None  # type: ignore[arg-type]  # classes are hashable
+        if wanted is not None and type(block) is cls and "forward" in block.__dict__:  # it holds on to the original's
+            logger.info("fuse: a %s stays as it is: its forward is wrapped by a hook", cls.__name__)
+            continue
         if type(block) is not (wanted or cls):
             block.__class__ = wanted or cls
     if enabled:
