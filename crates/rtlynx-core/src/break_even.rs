@@ -6,7 +6,8 @@
 use crate::dispatch::{self, Arch};
 use crate::error::Result;
 use crate::format::{BLOCK_COLS, ceil_div};
-use crate::problem::{Prologue, SparseLinearProblem, SparsifyProblem};
+use crate::problem::{SparseLinearProblem, SparsifyProblem};
+use crate::prologue::Prologue;
 
 /// Beyond this many tokens a layer that still loses is taken to lose always.
 const MOST_TOKENS: i64 = 1 << 14;

@@ -3,7 +3,8 @@
 use std::{fmt, iter};
 
 use crate::format::TILE_ROWS;
-use crate::problem::{Activation, Dtype};
+use crate::problem::Dtype;
+use crate::prologue::Activation;
 
 /// Launch geometry of one kernel on one problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

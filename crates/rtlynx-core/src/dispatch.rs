@@ -3,7 +3,8 @@
 use crate::config::{Family, Launch, SparsifyKernel, SpmmKernel, TILES, Tile};
 use crate::error::{Error, Result};
 use crate::format::{BLOCK_COLS, ceil_div, padded_rows};
-use crate::problem::{Activation, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparsifyProblem};
+use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparsifyProblem};
+use crate::prologue::Activation;
 
 /// What dispatch needs to know of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,7 +173,8 @@ fn estimated_ns(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::{Dtype, Prologue};
+    use crate::problem::Dtype;
+    use crate::prologue::Prologue;
 
     fn h200() -> Arch {
         Arch::from_capability((9, 0), 132)

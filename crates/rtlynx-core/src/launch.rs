@@ -11,7 +11,8 @@ use crate::dispatch;
 use crate::error::Result;
 use crate::kernels;
 use crate::params::{SparsifyParams, SparsifySm90Params, SpmmParams, SpmmSm90Params};
-use crate::problem::{Activation, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::prologue::Activation;
 use crate::tensor_map::{self, SparsifyMaps, SpmmMaps, TensorMap};
 use crate::tuned;
 

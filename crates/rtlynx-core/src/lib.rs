@@ -16,6 +16,7 @@
 //! | [`config`] | the kernels there are, as data: names, tiles, resources |
 //! | [`params`] | the struct each kernel takes, twin of `cuda/include/rtlynx/params.cuh` |
 //! | [`problem`] | which problems are valid |
+//! | [`prologue`] | what selection reads: an activation, a gate, a head |
 //! | [`format`](mod@format) | constants and sizes of the compressed format, twin of `cuda/include/rtlynx/format.cuh` |
 //! | [`error`] | everything that can go wrong |
 
@@ -31,6 +32,7 @@ pub mod launch;
 pub mod params;
 pub mod probe;
 pub mod problem;
+pub mod prologue;
 pub mod tensor_map;
 pub mod tuned;
 

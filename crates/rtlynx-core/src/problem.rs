@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 use crate::format::{K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE};
+use crate::prologue::{Activation, Prologue};
 
 /// Name of the selection operation in errors.
 pub const SPARSIFY: &str = "sparsify";
@@ -73,68 +74,6 @@ impl fmt::Display for Dtype {
             Self::F16 => "f16",
             Self::Bf16E4m3 => "bf16e4m3",
             Self::F16E4m3 => "f16e4m3",
-        })
-    }
-}
-
-/// What X is made of: its first `head_k` columns are those of the head, the others the activation of x.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Prologue {
-    /// Applied to x.
-    pub activation: Activation,
-    /// Columns of the head; 0 for none.
-    pub head_k: i64,
-    /// Elements from one row of the head to the next.
-    pub ld_head: i64,
-    /// Elements from one row of the gate to the next.
-    pub ld_gate: i64,
-}
-
-/// What is applied to x before anything else, in float32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Activation {
-    /// Nothing.
-    #[default]
-    None,
-    /// GELU with tanh in place of the error function.
-    GeluTanh,
-    /// SiLU(x) times the gate.
-    SiluGate,
-}
-
-impl Activation {
-    /// Those that make X another tensor than x.
-    pub const SOME: [Self; 2] = [Self::GeluTanh, Self::SiluGate];
-
-    /// Reads the name that `rtlynx.ops` has for it.
-    pub fn parse(op: &'static str, name: &str) -> Result<Self> {
-        let known = [Self::None, Self::GeluTanh, Self::SiluGate];
-        let found = known.into_iter().find(|activation| activation.name() == name);
-        found.ok_or_else(|| Error::invalid(op, "activation", name, known.map(Self::name).join(", ")))
-    }
-
-    /// The name that [`Self::parse`] reads.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::GeluTanh => "gelu_tanh",
-            Self::SiluGate => "silu_gate",
-        }
-    }
-
-    /// Whether it reads a gate.
-    pub const fn has_gate(self) -> bool {
-        matches!(self, Self::SiluGate)
-    }
-}
-
-/// What stands at the end of kernel names.
-impl fmt::Display for Activation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::None => "",
-            Self::GeluTanh => "_gelu_tanh",
-            Self::SiluGate => "_silu_gate",
         })
     }
 }
@@ -509,7 +448,6 @@ mod tests {
         let gelu = SparsifyProblem { prologue: Prologue { activation: Activation::GeluTanh, ..Prologue::default() }, ..SPARSIFY_OK };
         SPARSIFY_TENSORS.validate(&gelu).unwrap();
         assert_eq!(refused(SparsifyTensors { head: 256, ..SPARSIFY_TENSORS }.validate(&gelu)), "head");
-        assert_eq!(refused(Activation::parse(SPARSIFY, "relu")), "activation");
     }
 
     #[test]

@@ -14,7 +14,8 @@ use crate::config::{SparsifyKernel, Tile};
 use crate::device::check;
 use crate::error::Result;
 use crate::params::Address;
-use crate::problem::{Dtype, Prologue, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::prologue::Prologue;
 
 /// Columns of the branch in one pipeline stage.
 const RANK_STEP: i64 = 32;
@@ -251,7 +252,7 @@ impl SpmmMaps {
 mod tests {
     use super::*;
     use crate::config::{Family, TILES};
-    use crate::problem::Activation;
+    use crate::prologue::Activation;
 
     const PROBLEM: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::Bf16, m: 1000, n: 3080, k: 2432, rank: 48 };
     const TENSORS: SparseLinearTensors = SparseLinearTensors {

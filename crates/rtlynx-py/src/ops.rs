@@ -2,9 +2,8 @@
 
 use pyo3::prelude::*;
 use rtlynx_core::launch::{self, Place};
-use rtlynx_core::problem::{
-    Activation, Dtype, Prologue, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors,
-};
+use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use rtlynx_core::prologue::{Activation, Prologue};
 
 use crate::error::to_python;
 
