@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from rtlynx import ops, plans
+from rtlynx import launch, ops, plans
 from rtlynx.bench.timing import time_interleaved
 from rtlynx.config import Precision
 from rtlynx.eligibility import all_sparse_layers, target_modules
@@ -88,7 +88,7 @@ def autotune(
     """
     if not torch.cuda.is_available():
         raise DeviceError(f"{_OP}: there is no GPU to measure; `rtlynx info` shows what is missing")
-    core = ops._core()
+    core = launch.core()
     if isinstance(model_or_problems, Sequence):
         place = _gpu(device, None)
         if precision not in get_args(Precision):

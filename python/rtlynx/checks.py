@@ -168,16 +168,11 @@ def check_sparse_linear(
     return dtype
 
 
-def pointer(op: str, argument: str, tensor: Tensor | None) -> int:
-    """The address of a contiguous, 16-byte aligned tensor; 0 for none."""
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        raise InvalidArgumentError(op, argument, f"strides {tensor.stride()} for shape {tuple(tensor.shape)}", "a contiguous tensor")
-    address = tensor.data_ptr()
-    if address % _ALIGNMENT:
-        raise InvalidArgumentError(op, argument, f"address {address:#x}", f"a multiple of {_ALIGNMENT}")
-    return address
+def check_contiguous(op: str, arguments: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    """Refuse a tensor whose elements are not in order. That the kernels can load from its address is seen to in Rust."""
+    for argument, tensor in zip(arguments, tensors, strict=True):
+        if tensor is not None and not tensor.is_contiguous():
+            raise InvalidArgumentError(op, argument, f"strides {tensor.stride()} for shape {tuple(tensor.shape)}", "a contiguous tensor")
 
 
 def rows_readable(x: Tensor) -> bool:

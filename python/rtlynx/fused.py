@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx import checks, ops, reference
+from rtlynx import checks, launch, reference
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.reference import EPS, K_MULTIPLE, N_MULTIPLE, BranchInput
@@ -155,6 +155,8 @@ def _cuda(
     eps: float,
 ) -> Tensor:
     _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input)
+    others = weight, score, shift, comp_down, comp_up, bias
+    checks.check_contiguous(_OP, ("weight", "score", "shift", "comp_down", "comp_up", "bias"), others)
     if not checks.rows_readable(x) or x.stride(0) > _MAX_STRIDE:
         x = x.clone(memory_format=torch.contiguous_format)
     (m, k), n = x.shape, weight.shape[0]
@@ -165,9 +167,9 @@ def _cuda(
     branch = x.new_empty(m, rank) if rank else None
     progress = x.new_zeros(1 + -(-m // _COUNTED_ROWS), dtype=torch.int32) if rank else None
     device_index = x.get_device()
-    ops._core().fused_linear(
+    launch.core().fused_linear(
         device_index=device_index,
-        stream=ops._stream(device_index),
+        stream=launch.stream(device_index),
         dtype=kernel_dtype(x.dtype),
         m=m,
         n=n,
@@ -175,14 +177,14 @@ def _cuda(
         ldx=x.stride(0),
         rank=rank,
         x=x.data_ptr(),
-        score=checks.pointer(_OP, "score", score),
-        shift=checks.pointer(_OP, "shift", shift),
-        comp_down=checks.pointer(_OP, "comp_down", comp_down),
-        weight=checks.pointer(_OP, "weight", weight),
-        comp_up=checks.pointer(_OP, "comp_up", comp_up),
-        bias=checks.pointer(_OP, "bias", bias),
-        branch=checks.pointer(_OP, "branch", branch),
-        progress=checks.pointer(_OP, "progress", progress),
+        score=launch.address(score),
+        shift=launch.address(shift),
+        comp_down=launch.address(comp_down),
+        weight=launch.address(weight),
+        comp_up=launch.address(comp_up),
+        bias=launch.address(bias),
+        branch=launch.address(branch),
+        progress=launch.address(progress),
         out=out.data_ptr(),
         branch_of_dropped=branch_input == "dropped",
         norm_compensation=norm_compensation,

@@ -1,8 +1,12 @@
-"""Compiled, layers that read one tensor select from it once.
+"""What inductor makes of the ops: layers that read one tensor select from it once, and a call is a launch and no more.
 
 Every layer of a block calls ``rtlynx::sparsify``. In a graph with gradients torch's partitioner merges equal calls; an inference graph
 reaches inductor as it was traced. So inductor is taught to lower equal calls of one graph to one. Graphs are functional by then: equal
 arguments are equal values, whatever was written to in between.
+
+A call is lowered to the op of `rtlynx.into` that writes to memory which inductor allocates: past autograd, without checks that the trace
+made, and without a tensor of each output for Python. That takes a third of the time on the host, which a model of many small layers has
+to wait for.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+from rtlynx.activations import selection_does
 
 logger = logging.getLogger("rtlynx")
 
@@ -23,9 +29,11 @@ _VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops
 _REPEATED = {torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor}
 """What a layer may compute before it selects."""
 
+Lowering = Callable[..., Any]
 
-def share_selections() -> None:
-    """Called while the op is traced: by then inductor is loaded if it is what the trace is for. Importing it takes seconds."""
+
+def teach() -> None:
+    """Called while an op is traced: by then inductor is loaded if it is what the trace is for. Importing it takes seconds."""
     if "torch._inductor.lowering" in sys.modules:
         _teach()
 
@@ -35,20 +43,102 @@ def _teach() -> None:
     from torch._inductor.lowering import lowerings, make_fallback
     from torch._inductor.virtualized import V
 
-    op = torch.ops.rtlynx.sparsify.default
-    make_fallback(op, warn=False)  # what inductor does by itself with an op it meets
-    lower: Callable[..., Any] = lowerings[op]
+    sparsify, sparse_linear = torch.ops.rtlynx.sparsify.default, torch.ops.rtlynx.sparse_linear.default
+    for op in (sparsify, sparse_linear):
+        make_fallback(op, warn=False)  # what inductor does by itself with an op it meets
+    select = _either(_sparsify_into, lowerings[sparsify])
     lowered: weakref.WeakKeyDictionary[Any, dict[object, Any]] = weakref.WeakKeyDictionary()
 
-    def lower_once(*args: Any) -> Any:
+    def select_once(*args: Any) -> Any:
         mine = lowered.setdefault(V.graph, {})
         call = V.graph.current_node
         key = _value(call.args), call.meta.get("custom", {}).get("stream")
         if key not in mine:
-            mine[key] = lower(*args)
+            mine[key] = select(*args)
         return mine[key]
 
-    lowerings[op] = lower_once
+    lowerings[sparsify] = select_once
+    lowerings[sparse_linear] = _either(_sparse_linear_into, lowerings[sparse_linear])
+
+
+def _either(into: Lowering, otherwise: Lowering) -> Lowering:
+    """The lowering ``into``, or ``otherwise`` where it gives None."""
+
+    def lower(*args: Any) -> Any:
+        result = into(*args)
+        return otherwise(*args) if result is None else result
+
+    return lower
+
+
+def _sparsify_into(
+    x: Any,
+    score: Any,
+    shift: Any,
+    comp_down: Any,
+    branch_input: str,
+    norm_compensation: bool,
+    eps: float,
+    values_dtype: torch.dtype | None = None,
+    values_scale: float = 1.0,
+    activation: Any = "none",
+    gate: Any = None,
+    head: Any = None,
+) -> Any:
+    device = x.get_device()
+    if not _can_write_into(1, 2, 3) or not selection_does(device, activation) or (activation == "none" and head is not None):
+        return None
+    outputs = values, metadata, row_scale, branch = _outputs()
+    inputs = x, gate, head, score, shift, comp_down
+    written = values, metadata, row_scale if norm_compensation else None, None if comp_down is None else branch
+    _call(torch.ops.rtlynx.sparsify_into.default, *inputs, *written, branch_input == "dropped", eps, values_scale, activation)
+    return outputs
+
+
+def _sparse_linear_into(
+    values: Any,
+    metadata: Any,
+    weight: Any,
+    row_scale: Any,
+    branch: Any,
+    comp_up: Any,
+    bias: Any,
+    weight_scale: Any = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    if not _can_write_into(*range(8)):
+        return None
+    (out,) = _outputs()
+    _call(torch.ops.rtlynx.sparse_linear_into.default, values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out)
+    return out
+
+
+def _can_write_into(*contiguous: int) -> bool:
+    """Whether inductor writes Python for this graph, and the arguments at these places of the present call are contiguous."""
+    from torch._inductor.virtualized import V
+
+    arguments = [V.graph.current_node.args[i] for i in contiguous if i < len(V.graph.current_node.args)]
+    return not V.graph.cpp_wrapper and all(argument.meta["val"].is_contiguous() for argument in arguments if isinstance(argument, fx.Node))
+
+
+def _outputs() -> tuple[Any, ...]:
+    """Memory for what the present call returns."""
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.utils import convert_shape_to_inductor
+    from torch._inductor.virtualized import V
+
+    of_call = V.graph.current_node.meta["val"]
+    empty = lowerings[torch.ops.aten.empty_strided.default]
+    return tuple(
+        empty(*map(convert_shape_to_inductor, (tensor.shape, tensor.stride())), dtype=tensor.dtype, device=tensor.device)
+        for tensor in ((of_call,) if isinstance(of_call, Tensor) else of_call)
+    )
+
+
+def _call(op: torch._ops.OpOverload, *arguments: Any) -> None:
+    from torch._inductor.ir import FallbackKernel
+
+    FallbackKernel.create(op, *arguments)
 
 
 def _value(x: object) -> object:

@@ -7,19 +7,16 @@ allocator, work goes to torch's current stream of the tensors' device.
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rtlynx import checks, plans, reference
+from rtlynx import checks, into, launch, reference  # noqa: F401 - `into` registers the ops that compiled code calls
 from rtlynx.activations import selection_does
 from rtlynx.direct import direct
-from rtlynx.errors import DeviceError, InvalidArgumentError
-from rtlynx.fp8 import kernel_dtype
-from rtlynx.inductor import share_selections
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.inductor import teach
 from rtlynx.reference import E4M3, EPS, Activation, BranchInput, Sparsified, metadata_shape
 
 __all__ = ["Sparsified", "sparse_linear", "sparsify"]
@@ -135,22 +132,6 @@ def sparse_linear(
     return torch.ops.rtlynx.sparse_linear(*tensors, out_dtype)  # type: ignore[no-any-return]
 
 
-def _stream(device_index: int) -> int:
-    """The handle of torch's current stream, without the object that `torch.cuda.current_stream` makes around it."""
-    return torch._C._cuda_getCurrentRawStream(device_index)
-
-
-@functools.cache
-def _core() -> ModuleType:
-    """The compiled extension, imported when the first CUDA tensor arrives, with what `rtlynx.autotune` saved for this machine's GPUs."""
-    try:
-        from rtlynx import _core as core
-    except ImportError as error:
-        raise DeviceError(f"rtlynx._core is not built ({error}); install the package with `pip install .`") from error
-    plans.use_saved(core)
-    return core
-
-
 # ---- sparsify ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +179,7 @@ def _sparsify_fake(
     head: Tensor | None = None,
 ) -> Sparsified:
     k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
-    share_selections()
+    teach()
     return _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
 
 
@@ -216,45 +197,27 @@ def _sparsify_cuda(
     gate: Tensor | None = None,
     head: Tensor | None = None,
 ) -> Sparsified:
-    op = "sparsify"
     k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
+    checks.check_contiguous("sparsify", ("score", "shift", "comp_down"), (score, shift, comp_down))
     if (activation != "none" or head is not None) and (activation == "none" or not selection_does(x.device, activation)):
         x, activation, gate, head = reference.activated(x, activation, gate, head), "none", None, None
-    x = checks.readable(x)
-    gate = None if gate is None else checks.readable(gate)
-    head = None if head is None else checks.readable(head)
     out = _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
-    m = x.shape[0]
-    if m == 0:
-        return out
     values, metadata, row_scale, branch = out
-    rank = branch.shape[1]
-    device_index = x.get_device()
-    _core().sparsify(
-        device_index=device_index,
-        stream=_stream(device_index),
-        dtype=kernel_dtype(x.dtype, values_dtype),
-        m=m,
-        k=k,
-        ldx=x.stride(0),
-        rank=rank,
-        activation=activation,
-        head_k=0 if head is None else head.shape[1],
-        ld_head=0 if head is None else head.stride(0),
-        ld_gate=0 if gate is None else gate.stride(0),
-        x=x.data_ptr(),
-        gate=0 if gate is None else gate.data_ptr(),
-        head=0 if head is None else head.data_ptr(),
-        score=checks.pointer(op, "score", score),
-        shift=checks.pointer(op, "shift", shift),
-        comp_down=checks.pointer(op, "comp_down", comp_down),
-        values=values.data_ptr(),
-        metadata=metadata.data_ptr(),
-        row_scale=row_scale.data_ptr() if norm_compensation else 0,
-        branch=branch.data_ptr() if rank else 0,
-        branch_of_dropped=branch_input == "dropped",
-        eps=eps,
-        values_scale=values_scale,
+    launch.sparsify(
+        x,
+        gate,
+        head,
+        score,
+        shift,
+        comp_down,
+        values,
+        metadata,
+        row_scale if norm_compensation else None,
+        None if comp_down is None else branch,
+        branch_input == "dropped",
+        eps,
+        values_scale,
+        activation,
     )
     return out
 
@@ -297,6 +260,9 @@ def _refuse_fp8_gradient(op: str, values_dtype: torch.dtype | None) -> None:
 # ---- sparse_linear ----------------------------------------------------------------------------------------------------------------------
 
 
+_SPARSE_LINEAR_TENSORS = ("values", "metadata", "weight", "row_scale", "branch", "comp_up", "bias", "weight_scale")
+
+
 def _sparse_linear_cpu(
     values: Tensor,
     metadata: Tensor,
@@ -324,6 +290,7 @@ def _sparse_linear_fake(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     dtype = checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
+    teach()
     return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
 
 
@@ -338,32 +305,11 @@ def _sparse_linear_cuda(
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    op = "sparse_linear"
-    dtype = checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
-    m = values.shape[0]
-    n, k = weight.shape
-    out = values.new_empty(m, n, dtype=dtype)
-    if m == 0:
-        return out
-    device_index = values.get_device()
-    _core().sparse_linear(
-        device_index=device_index,
-        stream=_stream(device_index),
-        dtype=kernel_dtype(dtype, values.dtype),
-        m=m,
-        n=n,
-        k=k,
-        rank=0 if branch is None else branch.shape[1],
-        values=checks.pointer(op, "values", values),
-        metadata=checks.pointer(op, "metadata", metadata),
-        weight=checks.pointer(op, "weight", weight),
-        row_scale=checks.pointer(op, "row_scale", row_scale),
-        branch=checks.pointer(op, "branch", branch),
-        comp_up=checks.pointer(op, "comp_up", comp_up),
-        bias=checks.pointer(op, "bias", bias),
-        out=out.data_ptr(),
-        weight_scale=checks.pointer(op, "weight_scale", weight_scale),
-    )
+    tensors = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale
+    dtype = checks.check_sparse_linear(*tensors, out_dtype)
+    checks.check_contiguous("sparse_linear", _SPARSE_LINEAR_TENSORS, tensors)
+    out = values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
+    launch.sparse_linear(*tensors, out)
     return out
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rtlynx import ops
+from rtlynx import launch
 from rtlynx.apply import applied_config
 from rtlynx.config import SparsityConfig
 from rtlynx.eligibility import Candidate, candidates, target_modules
@@ -179,7 +179,7 @@ def planned_kernel(layer: SparseLinear, tokens: int) -> str:
     if device.type != "cuda":
         return f"none on device {device.type}"
     try:
-        return ops._core().gemm_kernel(  # type: ignore[no-any-return]
+        return launch.core().gemm_kernel(  # type: ignore[no-any-return]
             device_index=torch.cuda.current_device() if device.index is None else device.index,
             m=tokens,
             n=layer.out_features,

@@ -129,8 +129,8 @@ def test_compiled_blocks_select_once(family: str) -> None:
     assert relative_error(got, eager) < 3e-2
     assert code
     for block in code:
-        layers = block.count("rtlynx.sparse_linear.default(")
-        assert layers == 0 or block.count("rtlynx.sparsify.default(") == {12: 8, 5: 2, 7: 4}[layers]
+        layers = block.count("rtlynx.sparse_linear_into.default(")
+        assert layers == 0 or block.count("rtlynx.sparsify_into.default(") == {12: 8, 5: 2, 7: 4}[layers]
 
 
 @pytest.mark.parametrize("family", sorted(TINY))

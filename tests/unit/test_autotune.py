@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 import rtlynx
-from rtlynx import DeviceError, InvalidArgumentError, SparseLinear, _core, ops, plans
+from rtlynx import DeviceError, InvalidArgumentError, SparseLinear, _core, launch, plans
 from rtlynx.bench.show import tuned_table
 from rtlynx.plans import Problem
 
@@ -61,7 +61,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(ops, "_core", lambda: pretended.core)
+    monkeypatch.setattr(launch, "core", lambda: pretended.core)
     monkeypatch.setattr(autotune, "_measure", pretended.measure)
     monkeypatch.setattr(SparseLinear, "least_tokens", lambda self, device: 1000)
     yield pretended
@@ -171,9 +171,9 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_the_first_gpu_op_uses_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[object] = []
     monkeypatch.setattr(plans, "use_saved", used.append)
-    ops._core.cache_clear()
-    assert ops._core() is ops._core() is _core
-    ops._core.cache_clear()
+    launch.core.cache_clear()
+    assert launch.core() is launch.core() is _core
+    launch.core.cache_clear()
     assert used == [_core]
 
 

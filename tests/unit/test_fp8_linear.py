@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rtlynx
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, eligibility, ops, reference
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, eligibility, launch, ops, reference
 from rtlynx.fp8 import missing_kernels, quantize_weight
 from rtlynx.reference import E4M3
 
@@ -342,7 +342,7 @@ def test_the_extension_is_asked_by_the_name_of_both_element_types(monkeypatch: p
         asked.append(problem["dtype"])
         return "spmm"
 
-    monkeypatch.setattr(ops, "_core", lambda: SimpleNamespace(gemm_kernel=kernel))
+    monkeypatch.setattr(launch, "core", lambda: SimpleNamespace(gemm_kernel=kernel))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for precision in ("model", "fp8"):
         layer = make(SparsityConfig(precision=precision), torch.bfloat16)  # type: ignore[arg-type]

@@ -178,7 +178,7 @@ def activation(
 
 @app.command("host")
 def host(rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64, repeats: Repeats = 30) -> None:
-    """Measure what an eager call of a layer costs the host."""
+    """Measure what a call of a layer costs the host, eager and compiled."""
     require_gpu()
     from rtlynx.bench.host import host_times
 

@@ -1,0 +1,77 @@
+"""The two ops as compiled code calls them: ``rtlynx::sparsify_into`` and ``rtlynx::sparse_linear_into`` write into memory that is there.
+
+`rtlynx.inductor` puts them in the place of `rtlynx.ops`' when it lowers a graph. The arguments were checked while it was traced, and the
+outputs are inductor's, which plans memory better than an allocation in every call: what is left is the launch. Without gradients, and
+not for users: nothing is checked here but what `rtlynx.launch` says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rtlynx import launch, reference
+
+_library = torch.library.Library("rtlynx", "FRAGMENT")
+_library.define(
+    "sparsify_into(Tensor x, Tensor? gate, Tensor? head, Tensor? score, Tensor? shift, Tensor? comp_down, Tensor(a!) values,"
+    " Tensor(b!) metadata, Tensor(c!)? row_scale, Tensor(d!)? branch, bool branch_of_dropped, float eps, float values_scale,"
+    " str activation) -> ()"
+)
+_library.define(
+    "sparse_linear_into(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
+    " Tensor? weight_scale, Tensor(a!) out) -> ()"
+)
+
+
+def _sparsify_cpu(
+    x: Tensor,
+    gate: Tensor | None,
+    head: Tensor | None,
+    score: Tensor | None,
+    shift: Tensor | None,
+    comp_down: Tensor | None,
+    values: Tensor,
+    metadata: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    branch_of_dropped: bool,
+    eps: float,
+    values_scale: float,
+    activation: reference.Activation,
+) -> None:
+    branch_input: reference.BranchInput = "dropped" if branch_of_dropped else "input"
+    values_dtype = None if values.dtype == x.dtype else values.dtype
+    selection = score, shift, comp_down, branch_input, row_scale is not None, eps, values_dtype, values_scale
+    for into, computed in zip(
+        (values, metadata, row_scale, branch), reference.sparsify(x, *selection, activation, gate, head), strict=True
+    ):
+        if into is not None:
+            into.copy_(computed)
+
+
+def _sparse_linear_cpu(
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    out_dtype = None if out.dtype == values.dtype else out.dtype
+    out.copy_(reference.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype))
+
+
+def _nothing(*_arguments: object) -> None:
+    """What a trace sees of an op that returns nothing."""
+
+
+_library.impl("sparsify_into", _sparsify_cpu, "CPU")
+_library.impl("sparsify_into", launch.sparsify, "CUDA")
+torch.library.register_fake("rtlynx::sparsify_into", _nothing, lib=_library)
+_library.impl("sparse_linear_into", _sparse_linear_cpu, "CPU")
+_library.impl("sparse_linear_into", launch.sparse_linear, "CUDA")
+torch.library.register_fake("rtlynx::sparse_linear_into", _nothing, lib=_library)

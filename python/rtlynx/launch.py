@@ -1,0 +1,127 @@
+"""From tensors to one call of ``rtlynx._core``.
+
+Nothing is allocated and shapes are taken on trust; Rust checks which addresses are there and whether the kernels can load from them.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rtlynx import plans
+from rtlynx.checks import readable
+from rtlynx.errors import DeviceError
+from rtlynx.fp8 import kernel_dtype
+
+
+def sparsify(
+    x: Tensor,
+    gate: Tensor | None,
+    head: Tensor | None,
+    score: Tensor | None,
+    shift: Tensor | None,
+    comp_down: Tensor | None,
+    values: Tensor,
+    metadata: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    branch_of_dropped: bool,
+    eps: float,
+    values_scale: float,
+    activation: str,
+) -> None:
+    """Enqueue `rtlynx.ops.sparsify` on the current stream of its device, to write ``values``, ``metadata``, ``row_scale``, ``branch``.
+
+    x, gate and head are copied where the kernel cannot read them in place. All else is contiguous.
+    """
+    m, half = values.shape
+    if m == 0:
+        return
+    x, gate, head = readable(x), None if gate is None else readable(gate), None if head is None else readable(head)
+    device_index = x.get_device()
+    core().sparsify(
+        device_index=device_index,
+        stream=stream(device_index),
+        dtype=kernel_dtype(x.dtype, values.dtype),
+        m=m,
+        k=2 * half,
+        ldx=x.stride(0),
+        rank=0 if branch is None else branch.shape[1],
+        activation=activation,
+        head_k=0 if head is None else head.shape[1],
+        ld_head=0 if head is None else head.stride(0),
+        ld_gate=0 if gate is None else gate.stride(0),
+        x=x.data_ptr(),
+        gate=address(gate),
+        head=address(head),
+        score=address(score),
+        shift=address(shift),
+        comp_down=address(comp_down),
+        values=values.data_ptr(),
+        metadata=metadata.data_ptr(),
+        row_scale=address(row_scale),
+        branch=address(branch),
+        branch_of_dropped=branch_of_dropped,
+        eps=eps,
+        values_scale=values_scale,
+    )
+
+
+def sparse_linear(
+    values: Tensor,
+    metadata: Tensor,
+    weight: Tensor,
+    row_scale: Tensor | None,
+    branch: Tensor | None,
+    comp_up: Tensor | None,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Enqueue `rtlynx.ops.sparse_linear` on the current stream of its device, to write ``out``. All tensors are contiguous."""
+    m, n = out.shape
+    if m == 0:
+        return
+    device_index = values.get_device()
+    core().sparse_linear(
+        device_index=device_index,
+        stream=stream(device_index),
+        dtype=kernel_dtype(out.dtype, values.dtype),
+        m=m,
+        n=n,
+        k=weight.shape[1],
+        rank=0 if branch is None else branch.shape[1],
+        values=values.data_ptr(),
+        metadata=metadata.data_ptr(),
+        weight=weight.data_ptr(),
+        row_scale=address(row_scale),
+        branch=address(branch),
+        comp_up=address(comp_up),
+        bias=address(bias),
+        out=out.data_ptr(),
+        weight_scale=address(weight_scale),
+    )
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of a tensor; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def stream(device_index: int) -> int:
+    """The handle of torch's current stream, without the object that `torch.cuda.current_stream` makes around it."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+@functools.cache
+def core() -> ModuleType:
+    """The compiled extension, imported when the first CUDA tensor arrives, with what `rtlynx.autotune` saved for this machine's GPUs."""
+    try:
+        from rtlynx import _core as extension
+    except ImportError as error:
+        raise DeviceError(f"rtlynx._core is not built ({error}); install the package with `pip install .`") from error
+    plans.use_saved(extension)
+    return extension
