@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtlynx import checks, launch, reference
+from rtlynx import checks, launch, ops, reference
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.reference import EPS, K_MULTIPLE, N_MULTIPLE, BranchInput
@@ -206,9 +206,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, score, shift, comp_down, comp_up, bias = leaves
     _, norm_compensation, _ = ctx.options
     with torch.enable_grad():
-        values, metadata, row_scale, branch = torch.ops.rtlynx.sparsify(x, score, shift, comp_down, *ctx.options)
+        values, metadata, row_scale, branch = ops.sparsify(x, score, shift, comp_down, *ctx.options)
         scale = row_scale if norm_compensation else None
-        out = torch.ops.rtlynx.sparse_linear(values, metadata, weight, scale, None if comp_down is None else branch, comp_up, bias)
+        out = ops.sparse_linear(values, metadata, weight, scale, None if comp_down is None else branch, comp_up, bias)
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
     grads = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
     return (*(next(grads) if leaf is not None and leaf.requires_grad else None for leaf in leaves), None, None, None)
