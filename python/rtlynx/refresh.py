@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
 
-from rtlynx.eligibility import all_sparse_layers, target_modules
+from rtlynx.eligibility import all_sparse_layers, sparse_layers, target_modules
 
 logger = logging.getLogger("rtlynx")
 
@@ -53,18 +54,41 @@ def _refresh(pipe_or_module: object) -> list[str]:
 
 
 def refresh_with_adapters(root: nn.Module) -> None:
-    """From now on the class of ``root`` refreshes sparse models when it fuses adapters or takes them out again."""
+    """From now on the class of ``root``, and pipelines, refresh sparse models when they fuse adapters or take them out again."""
     for cls in type(root).__mro__:
-        for name in ("fuse_lora", "unfuse_lora"):
-            method = vars(cls).get(name)
-            if method is not None and not hasattr(method, "_rtlynx"):
-                # Taken out again, weights are what they were but for rounding: nothing to warn of.
-                setattr(cls, name, _then(method, refresh if name == "fuse_lora" else _refresh))
+        # Taken out again, weights are what they were but for rounding: nothing to warn of.
+        _refresh_after(cls, "fuse_lora", _fused)
+        _refresh_after(cls, "unfuse_lora", _refresh)
+    _refresh_after_pipelines()
 
 
-def _then(method: Callable[..., Any], after: Callable[[nn.Module], object]) -> Callable[..., Any]:
+def _fused(root: nn.Module) -> None:
+    _refresh_after_pipelines()  # the pipeline that called may have been imported after `refresh_with_adapters`
+    refresh(root)
+
+
+def _refresh_after_pipelines() -> None:
+    """The same for pipelines: they fuse by their models' ``fuse_lora``, but take adapters out of layers without asking the model."""
+    lora_base = sys.modules.get("diffusers.loaders.lora_base")  # there is no pipeline yet where nobody has imported it
+    if lora_base is not None:
+        _refresh_after(lora_base.LoraBaseMixin, "unfuse_lora", _refresh_parts)
+
+
+def _refresh_parts(pipe: Any) -> None:
+    for part in getattr(pipe, "components", {}).values():
+        if isinstance(part, nn.Module) and sparse_layers(part):
+            _refresh(part)
+
+
+def _refresh_after(cls: type, name: str, after: Callable[[Any], object]) -> None:
+    method = vars(cls).get(name)
+    if method is not None and not hasattr(method, "_rtlynx"):
+        setattr(cls, name, _then(method, after))
+
+
+def _then(method: Callable[..., Any], after: Callable[[Any], object]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         after(self)
         return result

@@ -115,6 +115,20 @@ def test_the_pipeline_is_called_as_documented() -> None:
     assert {row.rank for row in rtlynx.summary(pipe) if row.sparse} == {16}
 
 
+def test_selection_is_shifted_unless_told_otherwise() -> None:
+    inputs = TINY["flux"].inputs("cpu", F32)
+    found = {}
+    for selection in (None, (), ("shift",)):
+        pipe = Pipe()
+        rtlynx.apply(pipe, SparsityConfig(rank=16))
+        chosen = {} if selection is None else {"selection": selection}
+        found[selection] = rtlynx.calibrate(pipe, run=lambda pipe=pipe: output(pipe.transformer, inputs), progress=False, **chosen)
+    by_default = found[None].tensors
+    assert by_default.keys() == found["shift",].tensors.keys() and any(name.endswith(".shift") for name in by_default)
+    assert all(torch.equal(tensor, found["shift",].tensors[name]) for name, tensor in by_default.items())
+    assert not any(name.endswith((".shift", ".comp_bias")) for name in found[()].tensors)
+
+
 def test_statistics_come_from_the_dense_model_and_hooks_go_away() -> None:
     pipe = Pipe()
     inputs = TINY["flux"].inputs("cpu", F32)
@@ -210,7 +224,7 @@ def test_models_that_are_not_ready() -> None:
         rtlynx.calibrate(rtlynx.apply(nn.Sequential(nn.Linear(3, 3)), SparsityConfig(include=("0",))), run=print)
     rtlynx.apply(module, SparsityConfig(branch="none"))
     with pytest.raises(InvalidArgumentError, match="something to fit"):
-        rtlynx.calibrate(module, run=print)
+        rtlynx.calibrate(module, run=print, selection=())
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -67,10 +67,14 @@ def test_fusing_a_lora_file(caplog: pytest.LogCaptureFixture) -> None:
     rtlynx.calibrate(pipe, run=lambda: sample(pipe), progress=False)
     plain = sample(pipe)
     pipe.load_lora_weights(flux_lora(1), adapter_name="style")
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q.base_layer
+    bias = layer.comp_bias.clone()
     pipe.fuse_lora()
+    assert not torch.allclose(layer.comp_bias, bias)  # what makes up for the shift follows the weight
     assert "fitted to other weights" in caplog.text
     assert relative_error(sample(pipe), plain) > 1e-4
     pipe.unfuse_lora()
+    torch.testing.assert_close(layer.comp_bias, bias)
     pipe.unload_lora_weights()
     torch.testing.assert_close(sample(pipe), plain, rtol=1e-2, atol=1e-2)
 

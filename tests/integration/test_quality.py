@@ -76,6 +76,7 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
     assert measured["dense"]["psnr_db"] is None and measured["dense"]["frechet_minus_dense"] == (0, 0, 0)
     assert measured["joint"]["psnr_db"][0] > measured["naive"]["psnr_db"][0]  # type: ignore[index]
     assert len(measured["naive"]["layer_rel_err"]) == len(measured["split"]["layer_rel_err"]) == 12 + 5  # type: ignore[arg-type]
+    assert measured["split_last"]["layer_rel_err"] == measured["split"]["layer_rel_err"]
     assert measured["split_last"]["velocity_by_step"][2] == 0 < measured["split"]["velocity_by_step"][2]  # type: ignore[index]
     dense = {name for name, error in measured["searched"]["layer_rel_err"].items() if error == 0}  # type: ignore[attr-defined]
     assert len(dense) == 12 and all(name.startswith("transformer_blocks") for name in dense)
@@ -187,9 +188,16 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
         text = page.read_text()
         assert "old" not in text and text.endswith(f"{END}\nThe end.\n") and "- gpu: none" in text
         assert text.count("\n| naive | magnitude | 0 |") == 2 and "| 3.00 |" in text  # figures, and layers
+    other = tmp_path / "another-gpu"
+    Results(other, "tiny", {"prompts": 3}).add("naive", {**with_time, "frechet_minus_dense": (12.34, -1.0, 25.0)}, ["gpu: another"])
+    assert CliRunner().invoke(app, ["bench", "quality-docs", str(tmp_path), str(other), "--page", str(page)]).exit_code == 0
+    text = page.read_text()
+    titles = [f"### tiny, {tmp_path.name}\n", "- gpu: none", "### tiny, another-gpu\n", "- gpu: another", "| +12.3 (-1.0 to 25.0) |"]
+    assert [text.index(title) for title in titles] == sorted(text.index(title) for title in titles)
+    assert f"`rtlynx bench quality-docs {tmp_path} {other}`" in text
     page.write_text("no marks")
     with pytest.raises(InvalidArgumentError, match="begin"):
-        write_docs(tmp_path, page)
+        write_docs([tmp_path], page)
     Results(tmp_path, "other", {"prompts": 3}).add("dense", measured["dense"], [])
     text = (tmp_path / "quality.csv").read_text()
     assert "\nother,dense," in text and "\ntiny,dense," in text

@@ -43,7 +43,7 @@ def calibrate(
     run: Run | None = None,
     method: str | None = None,
     rank: int | None = None,
-    selection: Sequence[str] = (),
+    selection: Sequence[str] = ("shift",),
     bias: bool | int = False,
     share: bool = True,
     output: str | os.PathLike[str] | None = None,
@@ -72,7 +72,7 @@ def calibrate(
         method: One of `rtlynx.calibrate.METHODS`, e.g. ``"split"``: the branch reads what selection dropped; ``"paper"``: it reads the
             layer's input, as RT-Lynx does. Default: what suits the applied configuration's branch; another one changes that configuration.
         rank: Rank of every branch; default: the applied configuration's `rank` and `ranks`. Layers with fewer channels get what fits.
-        selection: Options of the selection to fit too: ``"shift"``, ``"permutation"``, both or none.
+        selection: Options of the selection to fit too: ``"shift"``, ``"permutation"``, both or none. The paper selects without, `()`.
         bias: Whether a bias restores the mean of what is still missing. A number of groups splits the way from noise to picture into so
             many parts of equal length in noise level, each with a bias of its own: 4 gives every quarter one. True is 1.
         share: Whether layers that select from one input together (q, k and v) get one branch, so that they still can.

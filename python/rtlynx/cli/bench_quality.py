@@ -66,7 +66,8 @@ def _part(text: str) -> tuple[int, int]:
 
 def quality_docs(
     results: Annotated[
-        Path, typer.Argument(help="Folder of result files, e.g. benches/results/nvidia-h200.", exists=True, file_okay=False)
+        list[Path],
+        typer.Argument(help="Folders of result files, one per device, e.g. benches/results/nvidia-h200.", exists=True, file_okay=False),
     ],
     page: Annotated[Path, typer.Option(help="The page to put the tables into.", exists=True, dir_okay=False)] = Path("docs/quality.md"),
 ) -> None:

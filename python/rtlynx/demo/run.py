@@ -153,6 +153,7 @@ class _Comparison:
             self.calibration,
             method=form,
             rank=self.settings.rank,
+            selection=(),  # as the paper selects, so that forms alone are compared
             seed=self.settings.seed,
             progress=self.progress,
             batch_size=CALIBRATION_BATCH,

@@ -69,7 +69,9 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
         raise InvalidArgumentError("bench quality", "only", ", ".join(sorted(wanted.only)), f"some of {known}")
     part, parts = wanted.part
     todo = [row for i, row in enumerate(todo) if row.method == "dense" or i % parts == part - 1]
-    command = f"rtlynx bench quality --model {wanted.model} --prompts {settings.prompts} --steps {settings.steps} --rank {wanted.rank}"
+    ranks = ",".join(map(str, wanted.ranks)) or '""'
+    sizes = f"--prompts {settings.prompts} --steps {settings.steps} --rank {wanted.rank} --ranks {ranks}"
+    command = f"rtlynx bench quality --model {wanted.model} {sizes}"
     header = (
         describe(command, commit)
         if place.on_gpu

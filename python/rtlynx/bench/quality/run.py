@@ -244,8 +244,13 @@ class QualityBench:
         return None if dense is None else share * dense + (1 - share) * sparse
 
     def _layer_errors(self) -> dict[str, float]:
-        """Relative output error of every layer on held-out tokens of the dense model; NaN-free, layers left dense are 0."""
+        """Relative output error of every layer on held-out tokens of the dense model; NaN-free, layers left dense are 0.
+
+        Of layers that are dense on some steps it is that of the others.
+        """
         found = {}
+        for layer in self.layers.values():
+            layer.dense_step = False
         with torch.no_grad():
             for input in self.held_out:
                 for name, layer in input.layers.items():
