@@ -199,7 +199,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    leaves = [
+    leaves: list[Any] = [
         None if tensor is None else tensor.detach().requires_grad_(needed)
         for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:7], strict=True)
     ]

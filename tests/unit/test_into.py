@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, ops, reference
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, _core, launch, ops, reference
 
 M, N, K, R = 33, 128, 256, 16
 E4M3 = torch.float8_e4m3fn
@@ -97,3 +99,49 @@ def test_bad_input_is_refused_by_the_trace() -> None:
     torch._dynamo.reset()
     with pytest.raises((InvalidArgumentError, torch._dynamo.exc.TorchRuntimeError), match="comp_down"):
         torch.compile(ops.sparsify, fullgraph=True)(torch.randn(M, K).bfloat16(), comp_down=torch.randn(K, 8).bfloat16())
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, op: str) -> list[dict[str, Any]]:
+    """What the extension's function is given, by the names of its parameters."""
+    calls: list[dict[str, Any]] = []
+    signature = inspect.signature(getattr(_core, op))
+    record = SimpleNamespace(**{op: lambda *arguments: calls.append(dict(signature.bind(*arguments).arguments))})
+    monkeypatch.setattr(launch, "core", lambda: record)
+    monkeypatch.setattr(launch, "stream", lambda index: 7)
+    return calls
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_selection_is_given_its_arguments_in_their_places(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch, "sparsify")
+    wide = torch.zeros(M, 3 * K).bfloat16()
+    x, gate, head = wide[:, :K], wide[:, K : 2 * K], torch.zeros(M, 64).bfloat16()
+    score, shift, down = torch.ones(K + 64), torch.zeros(K + 64), torch.zeros(K + 64, R).bfloat16()
+    values, metadata = torch.zeros(M, (K + 64) // 2, dtype=E4M3), torch.zeros(1, 5, 32, 4, dtype=torch.int32)
+    scale, branch = torch.zeros(M), torch.zeros(M, R).bfloat16()
+    named = {"gate": gate, "head": head, "score": score, "shift": shift, "comp_down": down, "row_scale": scale, "branch": branch}
+    of = named if full else dict.fromkeys(named)
+    inputs = of["gate"], of["head"], of["score"], of["shift"], of["comp_down"]
+    launch.sparsify(x, *inputs, values, metadata, of["row_scale"], of["branch"], True, 1e-8, 0.5, "silu_gate")
+    rows = (
+        {"ldx": 3 * K, "ld_gate": 3 * K, "head_k": 64, "ld_head": 64} if full else {"ldx": 3 * K, "ld_gate": 0, "head_k": 0, "ld_head": 0}
+    )
+    addresses = {name: tensor.data_ptr() if full else 0 for name, tensor in named.items()}
+    addresses |= {"x": x.data_ptr(), "values": values.data_ptr(), "metadata": metadata.data_ptr()}
+    options = {"activation": "silu_gate", "branch_of_dropped": True, "eps": 1e-8, "values_scale": 0.5, "rank": R if full else 0}
+    place = {"device_index": -1, "stream": 7, "dtype": "bfloat16_e4m3", "m": M, "k": K + 64}
+    assert calls == [place | rows | addresses | options]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_product_is_given_its_arguments_in_their_places(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch, "sparse_linear")
+    values, metadata, weight = torch.zeros(M, K // 2, dtype=E4M3), torch.zeros(1, 4, 32, 4), torch.zeros(N, K, dtype=E4M3)
+    scale, weight_scale, bias = torch.zeros(M), torch.zeros(N), torch.zeros(N).bfloat16()
+    branch, up, out = torch.zeros(M, R).bfloat16(), torch.zeros(N, R).bfloat16(), torch.zeros(M, N).bfloat16()
+    named = {"row_scale": scale, "branch": branch, "comp_up": up, "bias": bias, "weight_scale": weight_scale}
+    launch.sparse_linear(values, metadata, weight, *(named if full else dict.fromkeys(named)).values(), out)  # type: ignore[arg-type]
+    addresses = {name: tensor.data_ptr() if full else 0 for name, tensor in named.items()}
+    addresses |= {"values": values.data_ptr(), "metadata": metadata.data_ptr(), "weight": weight.data_ptr(), "out": out.data_ptr()}
+    problem = {"device_index": -1, "stream": 7, "dtype": "bfloat16_e4m3", "m": M, "n": N, "k": K, "rank": R if full else 0}
+    assert calls == [problem | addresses]

@@ -15,6 +15,9 @@ logger = logging.getLogger("rtlynx")
 
 _HOMES = {
     "diffusers.models.attention.FeedForward": "feed_forward",
+    "diffusers.models.normalization.AdaLayerNormZero": "norms",
+    "diffusers.models.normalization.AdaLayerNormZeroSingle": "norms",
+    "diffusers.models.normalization.RMSNorm": "norms",
     "diffusers.models.transformers.transformer_chroma.ChromaSingleTransformerBlock": "chroma",
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock": "flux",
     "diffusers.models.transformers.transformer_flux2.Flux2FeedForward": "flux2",
