@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rtlynx.layer_state import LayerState
 
 
+_ROWS = 512
+"""Compared at a time: a whole gathered weight would be one more copy of it."""
+
+
 @dataclass(frozen=True)
 class Derived:
     """How a compensation and the weight it was given with hang together.
@@ -33,9 +37,9 @@ class Derived:
     @classmethod
     @torch.no_grad()
     def of(cls, layer: LayerState) -> Derived | None:
-        """For what a layer holds now; None without a compensation, or while its weight is not there."""
+        """For what a layer holds now; None without a compensation, or where its weight is not there or not the one it was fitted to."""
         held = (layer.comp_down, layer.comp_bias, layer.sparse_weight)
-        if layer.weight.is_meta or all(tensor is None or tensor.is_meta for tensor in held):
+        if layer.is_compact or layer.weight.is_meta or all(tensor is None or tensor.is_meta for tensor in held):
             return None
         shifted = None if layer.comp_bias is None or layer.shift is None else (layer.comp_bias.float() - bias_of_shift(layer)).cpu()
         return cls(_digest(layer), layer.weight.dtype, only_permuted(layer), shifted)
@@ -74,4 +78,5 @@ def only_permuted(layer: LayerState) -> bool:
     """Whether the layer's own sparse weight is no more than its weight with permuted columns."""
     if layer.sparse_weight is None or layer.permutation is None:
         return False
-    return torch.equal(layer.sparse_weight, in_order(layer))
+    pairs = zip(layer.sparse_weight.split(_ROWS), layer.weight.split(_ROWS), strict=True)
+    return all(torch.equal(own, rows[:, layer.permutation]) for own, rows in pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rtlynx.config import Branch, Precision, Selection, SmallM
 from rtlynx.derived import Derived
+from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import quantize_weight
 from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE
 
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 _COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
 """The tensors calibration adds to a layer; absent from its state dict until then."""
-_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale")
+_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale", "compact_scale")
 """Floating-point buffers that a cast of the model leaves as they are."""
 _PREPARED = ("score", "weight_fp8", "weight_scale")
-"""Buffers that are made from the weight, and not saved."""
+"""Buffers that are made from the weight, and not saved; but for the score of a compact layer, which has nothing to make it from."""
 
 SelectionInputs = tuple[Any, ...]
 """What `LayerState.selection_inputs` returns: tensors, None, and plain values."""
@@ -44,6 +45,7 @@ class LayerState(nn.Linear):
     score: Tensor | None
     weight_fp8: Tensor | None
     weight_scale: Tensor | None
+    compact_scale: Tensor | None
     branch: Branch
     selection: Selection
     norm_compensation: bool
@@ -70,6 +72,8 @@ class LayerState(nn.Linear):
         self.comp_down = self.comp_up = self.comp_bias = self.sparse_weight = None
         self.register_buffer("shift", None)
         self.register_buffer("permutation", None)
+        self.register_buffer("compact_scale", None)
+        self._compact_dtype: torch.dtype | None = None
         self.discard_prepared()
         self._values_scale = 1.0
 
@@ -84,6 +88,38 @@ class LayerState(nn.Linear):
         """How many groups of timesteps have a `comp_bias` of their own; 1 where one serves all, 0 without one."""
         comp_bias = self.comp_bias
         return 0 if comp_bias is None else comp_bias.shape[0] if comp_bias.dim() == 2 else 1
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether its weight is the e4m3 one and there is no other (`rtlynx.compact`)."""
+        return self._buffers["compact_scale"] is not None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of its input and output, which is not that of a compact layer's weight; peft gives this one to adapters."""
+        if self._buffers["compact_scale"] is None or self._compact_dtype is None:
+            return self.weight.dtype
+        bias = self.bias
+        return self._compact_dtype if bias is None else bias.dtype
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Take ``dtype`` for the `compute_dtype` of a compact layer without a bias: its weight does not tell it."""
+        self._compact_dtype = dtype
+
+    def become_compact(self) -> None:
+        """Let the e4m3 copy be the weight, in the same memory, and hold no other; `rtlynx.compact` decides for which layers that is right.
+
+        A layer without the copy gets room for one, to be loaded into.
+        """
+        weight, scale = self.weight_fp8, self.weight_scale
+        if weight is None or scale is None:
+            weight, scale = torch.empty_like(self.weight, dtype=E4M3), self.weight.new_empty(self.out_features, dtype=torch.float32)
+        self._compact_dtype = self.weight.dtype
+        self.weight, self.sparse_weight = nn.Parameter(weight, requires_grad=False), None
+        self.register_buffer("compact_scale", scale * self._values_scale)
+        self._hold("weight_fp8", None)
+        self.set_score(self.score)
+        self.derived = None
 
     def _tie(self) -> None:
         if self.input_group is not None:
@@ -123,7 +159,9 @@ class LayerState(nn.Linear):
         Where they are already there they are overwritten, so that captured CUDA graphs follow.
         """
         made: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.precision == "fp8":
+        if self.compact_scale is not None:
+            made = None, self.compact_scale / self._values_scale
+        elif self.precision == "fp8":
             made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
         for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
             old: Tensor | None = getattr(self, name)
@@ -141,17 +179,18 @@ class LayerState(nn.Linear):
         """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
 
         Layers that share their input share the score: the norms of their stacked weights' columns. It only ranks channels: a stale one
-        costs a little accuracy, never correctness.
+        costs a little accuracy, never correctness. A compact layer keeps the one it has, and the others take theirs from it.
         """
-        self.set_score(None)
-        if self.selection == "weight":
+        if self.selection != "weight":
+            self.set_score(None)
+        else:
             layers = [self] if self.input_group is None else self.input_group.layers()
             layers = [layer for layer in layers if layer.selection == "weight" and layer.weight.device == self.weight.device]
-            counted = [layer.weight.detach() for layer in layers if not layer.repeats] or [self.weight.detach()]
-            each = [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in counted]
-            norms = each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), dim=0)
+            kept = next((layer for layer in (self, *layers) if layer.is_compact), None)
+            norms = _column_norms(self, layers) if kept is None else _in_channel_order(kept)
             for layer in layers:
-                layer.set_score(norms if layer.permutation is None else norms[layer.permutation])
+                if norms is not None and not layer.is_compact:
+                    layer.set_score(norms if layer.permutation is None else norms[layer.permutation])
         self._tie()
 
     def set_score(self, score: Tensor | None) -> None:
@@ -160,7 +199,7 @@ class LayerState(nn.Linear):
 
     def _hold(self, name: str, prepared: Tensor | None) -> None:
         # Where there is one it is a buffer that is not saved, which accelerate's offloading takes to be there.
-        self.register_buffer(name, prepared, persistent=prepared is None)
+        self.register_buffer(name, prepared, persistent=prepared is None or (name == "score" and self.is_compact))
 
     def selection_inputs(self) -> SelectionInputs:
         """All that its selection depends on but the input: the permutation, then `rtlynx.ops.sparsify`'s arguments from `score` on."""
@@ -175,7 +214,9 @@ class LayerState(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(bfloat16)` casts every floating-point buffer, but the kernels read these in dtypes of their own: redo those moves without.
         before = {name: getattr(self, name) for name in _OWN_DTYPES}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._compact_dtype is not None:
+            self._compact_dtype = fn(torch.empty(0, dtype=self._compact_dtype, device=self.weight.device)).dtype
+        super()._apply(self._but_for_dtype(fn) if self.is_compact else fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
             if new is not None and new.dtype != old.dtype:
@@ -184,20 +225,38 @@ class LayerState(nn.Linear):
             self._tie()  # a buffer that moved is another object
         return self
 
+    def _but_for_dtype(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``fn``, which does not cast the weight: not even for a moment, since that would take the memory again."""
+        weight = self.weight
+
+        def applied(tensor: Tensor) -> Tensor:
+            if tensor is not weight:
+                return fn(tensor)
+            like = fn(tensor.detach().new_empty(0))
+            return fn(tensor) if like.dtype == tensor.dtype else tensor.to(like.device)
+
+        return applied
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         if self.weight_fp8 is not None:  # torch pickles no float8: its bytes
             state["_buffers"] = {**state["_buffers"], "weight_fp8": self.weight_fp8.view(torch.uint8)}
+        if self.is_compact:
+            in_bytes = nn.Parameter(self.weight.detach().view(torch.uint8), requires_grad=False)
+            state["_parameters"] = {**state["_parameters"], "weight": in_bytes}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.weight_fp8 is not None:
             self._hold("weight_fp8", self.weight_fp8.view(E4M3))
+        if self.is_compact:
+            self.weight = nn.Parameter(self.weight.view(E4M3), requires_grad=False)
         if self.input_group is not None:
             self.input_group.join(self)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._follow_compact(state_dict, prefix)
         # A checkpoint saved with a compensation loads into a layer that has none yet, or one of another rank: make room for it.
         found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
         if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
@@ -212,6 +271,8 @@ class LayerState(nn.Linear):
             self.shift = self.weight.new_zeros(self.in_features, dtype=torch.float32)
         if found["permutation"] is not None:
             self.permutation = self.weight.new_zeros(self.in_features, dtype=torch.int64)
+        if self.is_compact and self.selection == "weight" and prefix + "score" in state_dict:
+            self.set_score(self.weight.new_zeros(self.in_features, dtype=torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.derived = Derived.of(self)
         self.update_prepared()
@@ -220,10 +281,50 @@ class LayerState(nn.Linear):
         # What layers of a group hold in common is in each one's name, and apart: safetensors refuses tensors that share memory.
         super()._save_to_state_dict(destination, prefix, keep_vars)
         others = () if self.input_group is None else self.input_group.before(self)
-        for name in ("comp_down", "shift", "permutation"):
+        for name in ("comp_down", "shift", "permutation", "score"):
             tensor: Tensor | None = getattr(self, name)
-            if tensor is not None and not keep_vars and any(getattr(other, name) is tensor for other in others):
+            if (
+                tensor is not None
+                and prefix + name in destination
+                and not keep_vars
+                and any(getattr(other, name) is tensor for other in others)
+            ):
                 destination[prefix + name] = destination[prefix + name].clone()
 
     def _room_for(self, value: Tensor | None) -> nn.Parameter | None:
-        return None if value is None else nn.Parameter(self.weight.new_zeros(value.shape), requires_grad=False)
+        return None if value is None else nn.Parameter(self.weight.new_zeros(value.shape, dtype=self.compute_dtype), requires_grad=False)
+
+    def _follow_compact(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Become compact for a checkpoint in which this layer is, and refuse one whose weight could not be read as what it is.
+
+        Raises:
+            InvalidArgumentError: It is compact here and not there, or there and cannot be here.
+        """
+        weight, scale = state_dict.get(prefix + "weight"), state_dict.get(prefix + "compact_scale")
+        if scale is None and (weight is None or not self.is_compact):
+            return
+        if scale is None:
+            got, expected = "a checkpoint that is not compact", "a compact one, or a model that rtlynx.compact was not called on"
+        elif weight is None or weight.dtype is not E4M3:
+            got, expected = "compact_scale without the e4m3 weight it belongs to", "both"
+        elif self.precision != "fp8":
+            got, expected = f'a compact checkpoint for a layer with precision="{self.precision}"', 'a model applied with precision="fp8"'
+        else:
+            if not self.is_compact:
+                self.become_compact()
+            return
+        raise InvalidArgumentError("load_state_dict", f"{prefix}weight", got, expected)
+
+
+def _column_norms(layer: LayerState, layers: Sequence[LayerState]) -> Tensor:
+    """``‖W_:j‖`` of the stacked weights of ``layers``, or of ``layer`` where none of them counts."""
+    counted = [each.weight.detach() for each in layers if not each.repeats] or [layer.weight.detach()]
+    norms = [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in counted]
+    stacked: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return stacked
+
+
+def _in_channel_order(layer: LayerState) -> Tensor | None:
+    """The layer's score as it would be without its permutation."""
+    score, permutation = layer.score, layer.permutation
+    return score if score is None or permutation is None else torch.empty_like(score).index_copy_(0, permutation, score)

@@ -11,7 +11,7 @@ from rtlynx.checks import check_activation
 from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.errors import InvalidArgumentError
-from rtlynx.fp8 import check_values_scale
+from rtlynx.fp8 import check_values_scale, dequantized_weight
 from rtlynx.layer_state import LayerState, SelectionInputs
 from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
@@ -28,8 +28,8 @@ class SparseLinear(LayerState):
     sparse product uses that one for W. With ``precision="fp8"`` the sparse product is that of S(X - m) and W rounded to e4m3.
 
     It is an ``nn.Linear``: ``weight`` ``(N, K)`` stays dense, in the standard layout and bit for bit what it was, so that
-    adapters, fusing and offloading work as on any linear. Until `set_compensation` there is no branch and the state dict has
-    the keys of ``nn.Linear``.
+    adapters, fusing and offloading work as on any linear (`rtlynx.compact` gives that up).
+    Until `set_compensation` there is no branch and the state dict has the keys of ``nn.Linear``.
 
     Args:
         in_features: K, a multiple of 64.
@@ -40,7 +40,7 @@ class SparseLinear(LayerState):
         config: How it computes; its `include`, `skip` and `rank` are not used here.
 
     Attributes:
-        dense: When True the layer is exactly ``F.linear(x, weight, bias)``.
+        dense: When True the layer is exactly ``F.linear(x, weight, bias)``; a compact one multiplies by its e4m3 weight times its scale.
         dense_step: The same for the present step; set by `rtlynx.dense_steps`.
         branch, selection, norm_compensation, small_m, precision: As in `SparsityConfig`.
         values_scale: With ``precision="fp8"``: what kept values are multiplied by before they are rounded to e4m3, whose largest number
@@ -57,6 +57,9 @@ class SparseLinear(LayerState):
         weight_fp8: Buffer ``(N, K)`` e4m3, made from `sparse_weight` or `weight`, with ``precision="fp8"``, else None. Not saved: see
             `update_weight_fp8`.
         weight_scale: Buffer ``(N,)`` float32 that belongs to it, the `values_scale` divided out; else None.
+        compact_scale: Buffer ``(N,)`` float32 or None. Where there is one the layer is compact (`rtlynx.compact`): `weight` is the e4m3
+            copy, its columns in the gathered order, `weight_fp8` and `sparse_weight` are None, and ``weight · compact_scale`` stands for
+            the weight wherever the layer computes densely. Saved; so is a compact layer's `score`.
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
@@ -79,7 +82,15 @@ class SparseLinear(LayerState):
         self.configure(config or SparsityConfig())
 
     def configure(self, config: SparsityConfig) -> None:
-        """Compute as ``config`` says from now on; a compensation fitted for other arithmetic must be cleared by the caller."""
+        """Compute as ``config`` says from now on; a compensation fitted for other arithmetic must be cleared by the caller.
+
+        Raises:
+            InvalidArgumentError: The layer is compact and would need the weight it no longer has.
+        """
+        if self.is_compact and (config.precision, config.selection) != (self.precision, self.selection):
+            expected = f'precision="{self.precision}" and selection="{self.selection}" on a compact layer, whose other weight is gone'
+            got = f'precision="{config.precision}" and selection="{config.selection}"'
+            raise InvalidArgumentError("SparseLinear.configure", "config", got, expected)
         self.branch = config.branch
         self.selection = config.selection
         self.norm_compensation = config.norm_compensation
@@ -146,8 +157,10 @@ class SparseLinear(LayerState):
 
         Raises:
             InvalidArgumentError: A shape does not fit, `values_scale` is no power of two, or a branch is given to a layer with
-                ``branch="none"``.
+                ``branch="none"``, or the layer is compact: what follows from the weight could not be made.
         """
+        if self.is_compact:
+            raise InvalidArgumentError("SparseLinear.set_compensation", "self", "a compact layer", "one that has its weight")
         problem = self.branch_problem(comp_down, comp_up)
         if problem:
             raise InvalidArgumentError("SparseLinear.set_compensation", "comp_down and comp_up", *problem)
@@ -183,7 +196,7 @@ class SparseLinear(LayerState):
         """``(..., K)`` → ``(..., N)``, same dtype."""
         tokens = input.shape[:-1]
         if self._is_dense_now(tokens.numel(), input.device):
-            return F.linear(input, self.weight, self.bias)
+            return self._dense(input)
         if torch.compiler.is_compiling() or self.input_group is None or self.sharing == 1:
             selected = self._select(input)
         else:
@@ -228,6 +241,15 @@ class SparseLinear(LayerState):
         selected = ops.sparsify(_rows(x), *arguments, activation, gate, head)  # type: ignore[call-arg]  # mypy cannot count them
         return self._multiply(selected, x.dtype, x.shape[:-1])
 
+    def _dense(self, input: Tensor) -> Tensor:
+        buffers = self._buffers
+        scale, permutation = buffers["compact_scale"], buffers["permutation"]
+        if scale is None:
+            return F.linear(input, self.weight, self.bias)
+        if permutation is not None:  # a compact layer's weight has its columns in the gathered order
+            input = input.index_select(-1, permutation)
+        return F.linear(input, dequantized_weight(self.weight, scale, input.dtype), self.bias)
+
     def _is_dense_now(self, tokens: int, device: torch.device) -> bool:
         return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
 
@@ -260,9 +282,11 @@ class SparseLinear(LayerState):
         return output if len(tokens) == 1 else output.view(*tokens, self.out_features)
 
     def _prepared_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The e4m3 copy of ``weight`` and its scale."""
+        """The e4m3 copy of ``weight`` and its scale; a compact layer's weight is that itself."""
         copied, scale = self._buffers["weight_fp8"], self._buffers["weight_scale"]
-        assert copied is not None and scale is not None
+        assert scale is not None
+        if copied is None:
+            return weight, scale
         if torch.is_grad_enabled() and weight.requires_grad:
             # A zero that depends on the weight: the output then requires a gradient too, and the backward pass says that there is none.
             scale = scale + weight[:0].sum(dtype=torch.float32)
@@ -283,7 +307,7 @@ class SparseLinear(LayerState):
 
     def least_tokens(self, device: torch.device) -> int:
         """From how many tokens on this layer is faster sparse than dense on ``device``."""
-        return least_tokens(device, self.out_features, self.in_features, self.rank, self.weight.dtype, self.values_dtype)
+        return least_tokens(device, self.out_features, self.in_features, self.rank, self.compute_dtype, self.values_dtype)
 
     def extra_repr(self) -> str:
         compensation = f"rank={self.rank}, branch={self.branch}, norm_compensation={self.norm_compensation}"
@@ -292,7 +316,8 @@ class SparseLinear(LayerState):
         precision = self.precision if self.values_scale == 1 else f"{self.precision}, values_scale={self.values_scale}"
         groups = f", bias_groups={self.bias_groups}" if self.bias_groups > 1 else ""
         switches = f"selection={self.selection}{shift}{groups}, precision={precision}, dense={self.dense}"
-        return f"{super().extra_repr()}, {compensation}, {switches}"
+        compact = ", compact=True" if self.is_compact else ""
+        return f"{super().extra_repr()}, {compensation}, {switches}{compact}"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -306,14 +331,16 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
     Hook dictionaries are shared as objects, so that the handles users hold still remove their hooks.
 
     Raises:
-        InvalidArgumentError: The old layer's forward is wrapped; the wrapper is bound to the old layer and cannot move.
+        InvalidArgumentError: The old layer's forward is wrapped; the wrapper is bound to the old layer and cannot move. Or it is compact.
     """
+    if isinstance(old, SparseLinear) and old.is_compact:
+        raise InvalidArgumentError(type(new).__name__, "layer", "a compact layer", "one that has its weight: load the model again")
     if "forward" in old.__dict__:
         got, expected = "a layer whose forward is wrapped by a hook", "one without: remove the hook first"
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"input_group", "sharing", "repeats", "derived", "bias_group"}
+    own |= {"_compact_dtype", "input_group", "sharing", "repeats", "derived", "bias_group"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 
