@@ -58,9 +58,9 @@ def kept_weights(root: nn.Module) -> dict[SparseLinear, str]:
         if layer.precision != "fp8":
             kept[layer] = f'precision="{layer.precision}"'
         elif layer.sparse_weight is not None and not only_permuted(layer):
-            kept[layer] = "its sparse product has a weight of its own, and the dense one is another"
+            kept[layer] = "its sparse product has another weight than its dense one"
         elif layer.weight is first:
-            kept[layer] = "its weight is the parameter that diffusers reads the model's dtype from"
+            kept[layer] = "diffusers reads the model's dtype from its weight"
     return kept
 
 

@@ -112,6 +112,8 @@ class Summary:
         Console(file=text, width=160, color_system=None).print(table)
         sparse = sum(row.sparse for row in self.rows)
         share = f"{sparse} of {len(self)} linear layers are sparse, {self.sparse_flops_share:.1%} of their FLOPs at {self.tokens} tokens"
+        compact = sum(row.compact for row in self.rows)
+        share += f", {compact} compact" if compact else ""
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
         return "\n".join([self.model, *lines, share])
 

@@ -128,7 +128,7 @@ def test_only_what_is_wholly_in_the_copy_becomes_compact(caplog: pytest.LogCaptu
         rtlynx.compact(model)
     assert [layer.is_compact for layer in model] == [False, False, True]
     assert all(torch.equal(layer(tokens(3)), before) for layer, before in zip(model, want, strict=True))
-    assert "compact: not 0: its sparse product has a weight of its own" in caplog.text
+    assert "compact: not 0: its sparse product has another weight" in caplog.text
     assert 'compact: not 1: precision="model"' in caplog.text and "1 of 3 sparse layers" in caplog.text
 
 
