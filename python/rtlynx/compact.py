@@ -79,8 +79,7 @@ def _compact(root: nn.Module) -> int:
                 freed += gone.nbytes
         del gone
         layer.become_compact()
-        assert layer.compact_scale is not None
-        freed -= layer.compact_scale.nbytes
+        freed -= sum(scale.nbytes for scale in (layer.compact_scale, layer.compact_values_scale) if scale is not None)
         count += 1
     _tell(root, freed, count, len(layers), {name: kept[layer] for name, layer in layers.items() if layer in kept})
     return freed

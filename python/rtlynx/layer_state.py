@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rtlynx.config import Branch, Precision, Selection, SmallM
 from rtlynx.derived import Derived
 from rtlynx.errors import InvalidArgumentError
-from rtlynx.fp8 import quantize_weight
+from rtlynx.fp8 import check_values_scale, quantize_weight
 from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
 """The tensors calibration adds to a layer; absent from its state dict until then."""
-_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale", "compact_scale")
+_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale", "compact_scale", "compact_values_scale")
 """Floating-point buffers that a cast of the model leaves as they are."""
 _PREPARED = ("score", "weight_fp8", "weight_scale")
 """Buffers that are made from the weight, and not saved; but for the score of a compact layer, which has nothing to make it from."""
@@ -46,6 +46,7 @@ class LayerState(nn.Linear):
     weight_fp8: Tensor | None
     weight_scale: Tensor | None
     compact_scale: Tensor | None
+    compact_values_scale: Tensor | None
     branch: Branch
     selection: Selection
     norm_compensation: bool
@@ -73,6 +74,7 @@ class LayerState(nn.Linear):
         self.register_buffer("shift", None)
         self.register_buffer("permutation", None)
         self.register_buffer("compact_scale", None)
+        self.register_buffer("compact_values_scale", None)
         self._compact_dtype: torch.dtype | None = None
         self.discard_prepared()
         self._values_scale = 1.0
@@ -106,6 +108,17 @@ class LayerState(nn.Linear):
         """Take ``dtype`` for the `compute_dtype` of a compact layer without a bias: its weight does not tell it."""
         self._compact_dtype = dtype
 
+    def take_values_scale(self) -> None:
+        """Use the scale of the values that was loaded with a compact layer's weight.
+
+        Raises:
+            InvalidArgumentError: It is no power of two.
+        """
+        loaded = self.compact_values_scale
+        if loaded is not None and not loaded.is_meta:
+            check_values_scale("load_state_dict", float(loaded))
+            self._values_scale = float(loaded)
+
     def become_compact(self) -> None:
         """Let the e4m3 copy be the weight, in the same memory, and hold no other; `rtlynx.compact` decides for which layers that is right.
 
@@ -117,6 +130,7 @@ class LayerState(nn.Linear):
         self._compact_dtype = self.weight.dtype
         self.weight, self.sparse_weight = nn.Parameter(weight, requires_grad=False), None
         self.register_buffer("compact_scale", scale * self._values_scale)
+        self.register_buffer("compact_values_scale", scale.new_full((1,), self._values_scale))
         self._hold("weight_fp8", None)
         self.set_score(self.score)
         self.derived = None
@@ -161,6 +175,7 @@ class LayerState(nn.Linear):
         made: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.compact_scale is not None:
             made = None, self.compact_scale / self._values_scale
+            self.compact_values_scale = self.compact_scale.new_full((1,), self._values_scale)
         elif self.precision == "fp8":
             made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
         for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
@@ -275,6 +290,7 @@ class LayerState(nn.Linear):
             self.set_score(self.weight.new_zeros(self.in_features, dtype=torch.float32))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.derived = Derived.of(self)
+        self.take_values_scale()
         self.update_prepared()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -60,6 +60,7 @@ class SparseLinear(LayerState):
         compact_scale: Buffer ``(N,)`` float32 or None. Where there is one the layer is compact (`rtlynx.compact`): `weight` is the e4m3
             copy, its columns in the gathered order, `weight_fp8` and `sparse_weight` are None, and ``weight · compact_scale`` stands for
             the weight wherever the layer computes densely. Saved; so is a compact layer's `score`.
+        compact_values_scale: Buffer ``(1,)`` float32 with it: `values_scale`, which then travels in the state dict.
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.

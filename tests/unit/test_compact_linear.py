@@ -70,7 +70,7 @@ def test_the_sparse_product_is_the_same_bit_for_bit(dtype: torch.dtype, permuted
     assert torch.equal(layer(x), want)
     assert layer.weight.dtype == E4M3 and layer.weight.data_ptr() == memory and not layer.weight.requires_grad
     assert layer.weight_fp8 is None and layer.sparse_weight is None
-    assert freed == before - held_bytes(layer) == N * K * dtype.itemsize * (1 + permuted) - 4 * N
+    assert freed == before - held_bytes(layer) == N * K * dtype.itemsize * (1 + permuted) - 4 * (N + 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,7 +135,7 @@ def test_only_what_is_wholly_in_the_copy_becomes_compact(caplog: pytest.LogCaptu
 def test_a_shared_parameter_is_counted_once() -> None:
     first, second = make(permuted=False), make(permuted=False)
     second.weight = first.weight
-    assert rtlynx.compact(nn.Sequential(first, second)) == N * K * 4 - 2 * 4 * N
+    assert rtlynx.compact(nn.Sequential(first, second)) == N * K * 4 - 2 * 4 * (N + 1)
 
 
 def test_no_more_than_one_layer_is_ever_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,6 @@ def test_copies_compute_the_same_and_share_nothing(copied: Callable[[SparseLinea
 def test_a_state_dict_loads_into_a_compact_layer_and_makes_others_compact(selection: Any, already: bool, assign: bool) -> None:
     config = SparsityConfig(precision="fp8", selection=selection)
     source, target = compacted(config), make(config, seed=1)
-    target.values_scale = source.values_scale = 1.0  # no state dict has it
     if already:
         rtlynx.compact(nn.Sequential(target))
     file = io.BytesIO()
@@ -238,17 +237,17 @@ def test_a_state_dict_loads_into_a_compact_layer_and_makes_others_compact(select
     assert torch.equal(target(tokens(4)), source(tokens(4)))
 
 
-def test_another_scale_of_values_is_the_loading_layers_own() -> None:
+def test_the_scale_of_values_travels() -> None:
     source, target = compacted(), compacted(seed=1)
-    target.values_scale = 4.0
-    target.load_state_dict(source.state_dict())
     source.values_scale = 4.0
-    assert torch.equal(target(tokens(4)), source(tokens(4)))
+    target.load_state_dict(source.state_dict())
+    assert target.values_scale == 4.0 and torch.equal(target(tokens(4)), source(tokens(4)))
+    with pytest.raises(InvalidArgumentError, match="a power of two"):
+        target.load_state_dict({**source.state_dict(), "compact_values_scale": torch.tensor([3.0])})
 
 
 def test_meta_layers_take_an_assigned_checkpoint() -> None:
     source = compacted()
-    source.values_scale = 1.0
     layer = SparseLinear(K, N, device="meta", config=FP8)
     layer.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(layer(tokens(3)), source(tokens(3)))

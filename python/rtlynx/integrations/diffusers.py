@@ -146,7 +146,7 @@ class RTLynxQuantizer(DiffusersQuantizer):
                 layer.become_compact()
             for tensor, shape in _shapes(layer, self.quantization_config.sparsity.rank).items():
                 if f"{name}.{tensor}" in self._checkpoint_keys and tensor != "weight":
-                    _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.weight.dtype), device="meta"))
+                    _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.compute_dtype), device="meta"))
         return model
 
     def check_if_quantized_param(
@@ -189,6 +189,7 @@ class RTLynxQuantizer(DiffusersQuantizer):
                 raise InvalidArgumentError("RTLynxConfig", "device_map", got, f"whole layers on a device, for {what}")
             if layer.is_compact:
                 layer.computes_in(model.dtype)
+                layer.take_values_scale()
             layer.derived = Derived.of(layer)
             layer.update_prepared()
         install_bias_groups(model)
@@ -213,7 +214,13 @@ class RTLynxQuantizer(DiffusersQuantizer):
         return True
 
 
-_BUFFERS = {"shift": torch.float32, "permutation": torch.int64, "compact_scale": torch.float32, "score": torch.float32}
+_BUFFERS = {
+    "shift": torch.float32,
+    "permutation": torch.int64,
+    "score": torch.float32,
+    "compact_scale": torch.float32,
+    "compact_values_scale": torch.float32,
+}
 """Tensors that are buffers, with dtypes of their own."""
 
 
@@ -221,7 +228,11 @@ def _shapes(layer: SparseLinear, rank: int) -> dict[str, tuple[int, ...]]:
     """Compensation tensor → its shape, of those this layer may have."""
     k, n = layer.in_features, layer.out_features
     branch: dict[str, tuple[int, ...]] = {} if layer.branch == "none" else {"comp_down": (k, rank), "comp_up": (n, rank)}
-    own = {"weight": (n, k), "compact_scale": (n,), "score": (k,)} if layer.is_compact else {"sparse_weight": (n, k)}
+    own = (
+        {"weight": (n, k), "compact_scale": (n,), "compact_values_scale": (1,), "score": (k,)}
+        if layer.is_compact
+        else {"sparse_weight": (n, k)}
+    )
     return {**branch, **own, "comp_bias": (n,), "shift": (k,), "permutation": (k,)}
 
 
