@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rtlynx.autotune import Tuned
     from rtlynx.autotune import autotune as autotune
     from rtlynx.calibrate.calibrate import calibrate as calibrate
+    from rtlynx.compact import compact
     from rtlynx.compensation import Compensation, load_compensation, save_compensation
     from rtlynx.config import SparsityConfig
     from rtlynx.evaluate.evaluate import Evaluation
@@ -49,6 +50,7 @@ _HOME = {
     "apply": "apply",
     "autotune": "autotune",
     "calibrate": "calibrate",
+    "compact": "compact",
     "evaluate": "evaluate",
     "load_compensation": "compensation",
     "refresh": "refresh",
@@ -78,6 +80,7 @@ __all__ = [
     "apply",
     "autotune",
     "calibrate",
+    "compact",
     "evaluate",
     "load_compensation",
     "refresh",

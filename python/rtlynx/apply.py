@@ -9,9 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from rtlynx.bias_groups import install_bias_groups, remove_bias_groups
+from rtlynx.compacted import check_reconfigured, refuse_compact
 from rtlynx.config import SparsityConfig
 from rtlynx.dense_steps import check_clock, install_dense_steps
-from rtlynx.eligibility import Candidate, candidates, linear_layers, target_modules
+from rtlynx.eligibility import Candidate, all_sparse_layers, candidates, linear_layers, target_modules
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fused_projections import keep_fused_sparse
 from rtlynx.fusions import install_fusions
@@ -47,7 +48,8 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
         The same object.
 
     Raises:
-        InvalidArgumentError: No layer at all is named by the configuration, or a sparse layer that is to become dense is wrapped by a hook.
+        InvalidArgumentError: No layer at all is named by the configuration, a sparse layer that is to become dense is wrapped by a hook, or
+            the configuration asks of a compact layer what it has no weight for (see `rtlynx.compact`).
     """
     if isinstance(config, (str, os.PathLike)):
         config = read_recipe(config)
@@ -60,8 +62,9 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
         raise InvalidArgumentError("apply", "config", got, f"patterns that name a linear layer of {type(root).__name__}")
 
     # First what can refuse (wrapped layers), then what changes the model.
-    for root in judged:
+    for root, found in judged.items():
         check_clock(root, config)
+        check_reconfigured(found, config, keep=_still_right(applied_config(root), config))
     replaced = {root: _new_layers(found, config) for root, found in judged.items()}
     for root, found in judged.items():
         dropped = _reconfigure(found, set(replaced[root]), config, keep=_still_right(applied_config(root), config))
@@ -89,8 +92,10 @@ def remove(pipe_or_module: T) -> T:
         The same object.
 
     Raises:
-        InvalidArgumentError: A sparse layer is wrapped by an offloading hook: remove that first.
+        InvalidArgumentError: A sparse layer is wrapped by an offloading hook: remove that first. Or one is compact: its weight is gone
+            (see `rtlynx.compact`).
     """
+    refuse_compact("remove", all_sparse_layers(target_modules(pipe_or_module, "remove")), "their weights: load the model again")
     replaced: dict[nn.Module, dict[nn.Module, nn.Module]] = {
         root: {layer: layer.to_linear() for _, layer in linear_layers(root) if isinstance(layer, SparseLinear)}
         for root in target_modules(pipe_or_module, "remove").values()

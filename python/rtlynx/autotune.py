@@ -133,7 +133,7 @@ def _of_layer(layer: SparseLinear, tokens: Sequence[int], device: torch.device) 
     least = layer.least_tokens(device) if layer.small_m == "dense" else 1
     for m in tokens:
         if m >= max(least, 1):
-            yield Problem(m, layer.out_features, layer.in_features, layer.rank, kernel_dtype(layer.weight.dtype, layer.values_dtype))
+            yield Problem(m, layer.out_features, layer.in_features, layer.rank, kernel_dtype(layer.compute_dtype, layer.values_dtype))
 
 
 def _tune(core: ModuleType, index: int, problems: Sequence[Problem], again: bool, repeats: int) -> tuple[Tuned, ...]:

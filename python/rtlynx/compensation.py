@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rtlynx.apply import applied_config, applied_modules, apply, remember_config
 from rtlynx.bias_groups import install_bias_groups
+from rtlynx.compacted import refuse_compact
 from rtlynx.config import SparsityConfig
 from rtlynx.dense_steps import check_time
 from rtlynx.derived import only_permuted
@@ -60,10 +61,12 @@ class Compensation:
         """What a model's sparse layers hold now; tensors are the layers' own, not copies.
 
         Raises:
-            InvalidArgumentError: `rtlynx.apply` was not called on the model, or differently on each of two.
+            InvalidArgumentError: `rtlynx.apply` was not called on the model, or differently on each of two, or `rtlynx.compact` was: what
+                it was made for can no longer be told.
         """
         modules, config = applied_modules(pipe_or_module, "Compensation")
         layers = all_sparse_layers(modules)
+        refuse_compact("Compensation", layers, "layers that have their weights: save it before rtlynx.compact")
         held = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in _TENSORS}
         for name, layer in layers.items():
             if only_permuted(layer):  # `set_compensation` makes it again
@@ -80,9 +83,11 @@ class Compensation:
         Raises:
             CompensationMismatchError: The model's sparse layers, their weights or their arithmetic are not those it was made for;
                 the model is left unchanged.
-            InvalidArgumentError: It has a bias per group of timesteps, and the model is not told the time.
+            InvalidArgumentError: It has a bias per group of timesteps, and the model is not told the time. Or a layer is compact: its
+                weight cannot be compared with the one that this was made for.
         """
         modules = target_modules(pipe_or_module, "Compensation")
+        refuse_compact("Compensation", all_sparse_layers(modules), "layers that have their weights: load it before rtlynx.compact")
         applied = {prefix: (root, config) for prefix, root in modules.items() if (config := applied_config(root)) is not None}
         if not applied:
             modules = {prefix: root for prefix, root in modules.items() if not prefix or any(n.startswith(prefix) for n in self.layers)}

@@ -41,7 +41,8 @@ class SparsityConfig:
             faster with on its GPU. ``"sparse"``: always sparse.
         precision: ``"model"``: the sparse product multiplies in the model's dtype. ``"fp8"``: it multiplies e4m3 values by an e4m3 copy of
             the weight, on GPUs of compute capability 9.0 (emulated on the CPU); branch, bias and output keep the model's dtype. Needs
-            half again the memory of the sparse layers' weights, and has no gradient. A compensation fitted under one serves the other.
+            half again the memory of the sparse layers' weights until `rtlynx.compact`, no gradient. A compensation fitted under one serves
+            the other.
         share_inputs: Whether layers that read one tensor (q, k and v) select from it once and hold what selection needs in common. Not with
             offloading that moves single layers ahead of time (``offload_type="leaf_level", use_stream=True``).
         fuse: Whether blocks that `rtlynx.fusions` knows hand a layer what is there before the activation (and concatenation) before it:

@@ -11,7 +11,11 @@ from torch import Tensor
 from rtlynx.fingerprint import fingerprint
 
 if TYPE_CHECKING:
-    from rtlynx.linear import SparseLinear
+    from rtlynx.layer_state import LayerState
+
+
+_ROWS = 512
+"""Compared at a time: a whole gathered weight would be one more copy of it."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +36,21 @@ class Derived:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, layer: SparseLinear) -> Derived | None:
-        """For what a layer holds now; None without a compensation, or while its weight is not there."""
+    def of(cls, layer: LayerState) -> Derived | None:
+        """For what a layer holds now; None without a compensation, or where its weight is not there or not the one it was fitted to."""
         held = (layer.comp_down, layer.comp_bias, layer.sparse_weight)
-        if layer.weight.is_meta or all(tensor is None or tensor.is_meta for tensor in held):
+        if layer.is_compact or layer.weight.is_meta or all(tensor is None or tensor.is_meta for tensor in held):
             return None
         shifted = None if layer.comp_bias is None or layer.shift is None else (layer.comp_bias.float() - bias_of_shift(layer)).cpu()
         return cls(_digest(layer), layer.weight.dtype, only_permuted(layer), shifted)
 
-    def fits(self, layer: SparseLinear) -> bool:
+    def fits(self, layer: LayerState) -> bool:
         """Whether what was fitted, which cannot follow, was fitted to the weight the layer has now."""
         fitted = layer.comp_down is not None or (layer.sparse_weight is not None and not self.permuted)
         return not fitted or layer.weight.dtype != self.dtype or _digest(layer) == self.digest
 
     @torch.no_grad()
-    def renew(self, layer: SparseLinear) -> None:
+    def renew(self, layer: LayerState) -> None:
         """Compute again, in place, what follows from the weight."""
         if self.permuted and layer.sparse_weight is not None:
             layer.sparse_weight.copy_(in_order(layer))
@@ -54,24 +58,25 @@ class Derived:
             layer.comp_bias.copy_(self.own_bias.to(layer.comp_bias.device) + bias_of_shift(layer))
 
 
-def _digest(layer: SparseLinear) -> str:
+def _digest(layer: LayerState) -> str:
     (digest,) = fingerprint({"": layer}).values()
     return digest
 
 
-def in_order(layer: SparseLinear) -> Tensor:
+def in_order(layer: LayerState) -> Tensor:
     """The weight with its columns in the order of the gathered input."""
     return layer.weight if layer.permutation is None else layer.weight[:, layer.permutation]
 
 
-def bias_of_shift(layer: SparseLinear) -> Tensor:
+def bias_of_shift(layer: LayerState) -> Tensor:
     """``shift · Wᵀ`` in float32: what the layer's output lacks because its input was shifted."""
     assert layer.shift is not None
     return in_order(layer).detach().float() @ layer.shift
 
 
-def only_permuted(layer: SparseLinear) -> bool:
+def only_permuted(layer: LayerState) -> bool:
     """Whether the layer's own sparse weight is no more than its weight with permuted columns."""
     if layer.sparse_weight is None or layer.permutation is None:
         return False
-    return torch.equal(layer.sparse_weight, in_order(layer))
+    pairs = zip(layer.sparse_weight.split(_ROWS), layer.weight.split(_ROWS), strict=True)
+    return all(torch.equal(own, rows[:, layer.permutation]) for own, rows in pairs)

@@ -138,7 +138,8 @@ def unsupported(layer: nn.Linear, precision: Precision) -> str | None:
         return f"in_features = {layer.in_features} is not a multiple of {K_MULTIPLE}"
     if layer.out_features % N_MULTIPLE:
         return f"out_features = {layer.out_features} is not a multiple of {N_MULTIPLE}"
-    device, dtype = weight.device.type, weight.dtype
+    device = weight.device.type
+    dtype = layer.compute_dtype if isinstance(layer, SparseLinear) else weight.dtype
     if device not in SUPPORTED_DTYPES:
         return f"no implementation for device {device}"
     if dtype not in SUPPORTED_DTYPES[device]:

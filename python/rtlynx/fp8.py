@@ -54,6 +54,20 @@ def quantize_weight(weight: Tensor, values_scale: float = 1.0) -> tuple[Tensor, 
     return e4m3(weight / scale[:, None]), scale / values_scale
 
 
+def dequantized_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an e4m3 weight stands for, rounded to ``dtype`` once.
+
+    Args:
+        weight: ``(N, K)`` e4m3.
+        scale: ``(N,)`` float32 ``s_n`` of `quantize_weight`, without a `values_scale`.
+        dtype: T.
+
+    Returns:
+        ``(N, K)`` of dtype T.
+    """
+    return weight.to(dtype).mul_(scale[:, None])  # e4m3 is exact in T, and the product is computed in float32: no copy of that size
+
+
 def check_values_scale(op: str, scale: float) -> None:
     """Refuse a scale that would round values twice.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtlynx.compacted import refuse_compact
 from rtlynx.linear import SparseLinear, same_selection
 from rtlynx.reference import MAX_RANK
 
@@ -45,17 +46,25 @@ def keep_fused_sparse(root: nn.Module) -> None:
 def _then_sparse(fuse: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fuse)
     def fuse_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        held = {f"{type(self).__name__}.{part}": layer for parts in _PARTS.values() for part, layer in _sparse_parts(self, parts).items()}
+        refuse_compact("fuse_projections", held, "layers that have their weights: fuse before rtlynx.compact")
         result = fuse(self, *args, **kwargs)
         for name, parts in _PARTS.items():
             fused = getattr(self, name, None)
-            modules = [getattr(self, part, None) for part in parts]
-            layers = [layer for layer in (getattr(m, "base_layer", m) for m in modules) if isinstance(layer, SparseLinear)]  # peft wraps
+            layers = list(_sparse_parts(self, parts).values())
             if type(fused) is nn.Linear and len(layers) == len(parts):
                 setattr(self, name, _sparse(fused, layers, f"{type(self).__name__}.{name}"))
         return result
 
     fuse_projections._rtlynx = True  # type: ignore[attr-defined]
     return fuse_projections
+
+
+def _sparse_parts(attention: nn.Module, parts: Sequence[str]) -> dict[str, SparseLinear]:
+    """Those of the layers with these names that are sparse."""
+    modules = {part: getattr(attention, part, None) for part in parts}
+    layers = {part: getattr(module, "base_layer", module) for part, module in modules.items()}  # peft wraps
+    return {part: layer for part, layer in layers.items() if isinstance(layer, SparseLinear)}
 
 
 @torch.no_grad()

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtlynx import ops
 from rtlynx.checks import check_activation
-from rtlynx.config import Branch, Precision, Selection, SmallM, SparsityConfig
+from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.errors import InvalidArgumentError
-from rtlynx.fp8 import check_values_scale, quantize_weight
+from rtlynx.fp8 import check_values_scale, dequantized_weight
+from rtlynx.layer_state import LayerState, SelectionInputs
 from rtlynx.least_tokens import least_tokens
-from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE, Activation, activated
-
-if TYPE_CHECKING:
-    from rtlynx.sharing import InputGroup
-
-_COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
-"""The tensors calibration adds to a layer; absent from its state dict until then."""
-_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale")
-"""Floating-point buffers that a cast of the model leaves as they are."""
-_PREPARED = ("score", "weight_fp8", "weight_scale")
-"""Buffers that are made from the weight, and not saved."""
-
-SelectionInputs = tuple[Any, ...]
-"""What `SparseLinear.selection_inputs` returns: tensors, None, and plain values."""
+from rtlynx.reference import E4M3, Activation, activated
 
 
-class SparseLinear(nn.Linear):
+class SparseLinear(LayerState):
     """A linear layer that multiplies the 2:4-sparsified input by the dense weight, plus a rank-r branch::
 
         Y = s · S(X - m) Wᵀ + Z · comp_down · comp_upᵀ + bias + comp_bias
@@ -43,8 +28,8 @@ class SparseLinear(nn.Linear):
     sparse product uses that one for W. With ``precision="fp8"`` the sparse product is that of S(X - m) and W rounded to e4m3.
 
     It is an ``nn.Linear``: ``weight`` ``(N, K)`` stays dense, in the standard layout and bit for bit what it was, so that
-    adapters, fusing and offloading work as on any linear. Until `set_compensation` there is no branch and the state dict has
-    the keys of ``nn.Linear``.
+    adapters, fusing and offloading work as on any linear (`rtlynx.compact` gives that up).
+    Until `set_compensation` there is no branch and the state dict has the keys of ``nn.Linear``.
 
     Args:
         in_features: K, a multiple of 64.
@@ -55,7 +40,7 @@ class SparseLinear(nn.Linear):
         config: How it computes; its `include`, `skip` and `rank` are not used here.
 
     Attributes:
-        dense: When True the layer is exactly ``F.linear(x, weight, bias)``.
+        dense: When True the layer is exactly ``F.linear(x, weight, bias)``; a compact one multiplies by its e4m3 weight times its scale.
         dense_step: The same for the present step; set by `rtlynx.dense_steps`.
         branch, selection, norm_compensation, small_m, precision: As in `SparsityConfig`.
         values_scale: With ``precision="fp8"``: what kept values are multiplied by before they are rounded to e4m3, whose largest number
@@ -72,21 +57,15 @@ class SparseLinear(nn.Linear):
         weight_fp8: Buffer ``(N, K)`` e4m3, made from `sparse_weight` or `weight`, with ``precision="fp8"``, else None. Not saved: see
             `update_weight_fp8`.
         weight_scale: Buffer ``(N,)`` float32 that belongs to it, the `values_scale` divided out; else None.
+        compact_scale: Buffer ``(N,)`` float32 or None. Where there is one the layer is compact (`rtlynx.compact`): `weight` is the e4m3
+            copy, its columns in the gathered order, `weight_fp8` and `sparse_weight` are None, and ``weight · compact_scale`` stands for
+            the weight wherever the layer computes densely. Saved; so is a compact layer's `score`.
+        compact_values_scale: Buffer ``(1,)`` float32 with it: `values_scale`, which then travels in the state dict.
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
         derived: How the compensation hangs together with the weight it was given with, for `rtlynx.refresh`.
     """
-
-    comp_down: nn.Parameter | None
-    comp_up: nn.Parameter | None
-    comp_bias: nn.Parameter | None
-    sparse_weight: nn.Parameter | None
-    shift: Tensor | None
-    permutation: Tensor | None
-    score: Tensor | None
-    weight_fp8: Tensor | None
-    weight_scale: Tensor | None
 
     def __init__(
         self,
@@ -98,27 +77,26 @@ class SparseLinear(nn.Linear):
         *,
         config: SparsityConfig | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.dense = self.dense_step = False
-        self.input_group: InputGroup | None = None
-        self.sharing = 1
-        self.repeats = False
-        self.derived: Derived | None = None
         self.bias_group: Tensor | None = None
-        self.comp_down = self.comp_up = self.comp_bias = self.sparse_weight = None
-        self.register_buffer("shift", None)
-        self.register_buffer("permutation", None)
-        self.discard_prepared()
-        self._values_scale = 1.0
         self.configure(config or SparsityConfig())
 
     def configure(self, config: SparsityConfig) -> None:
-        """Compute as ``config`` says from now on; a compensation fitted for other arithmetic must be cleared by the caller."""
-        self.branch: Branch = config.branch
-        self.selection: Selection = config.selection
+        """Compute as ``config`` says from now on; a compensation fitted for other arithmetic must be cleared by the caller.
+
+        Raises:
+            InvalidArgumentError: The layer is compact and would need the weight it no longer has.
+        """
+        if self.is_compact and (config.precision, config.selection) != (self.precision, self.selection):
+            expected = f'precision="{self.precision}" and selection="{self.selection}" on a compact layer, whose other weight is gone'
+            got = f'precision="{config.precision}" and selection="{config.selection}"'
+            raise InvalidArgumentError("SparseLinear.configure", "config", got, expected)
+        self.branch = config.branch
+        self.selection = config.selection
         self.norm_compensation = config.norm_compensation
-        self.small_m: SmallM = config.small_m
-        self.precision: Precision = config.precision
+        self.small_m = config.small_m
+        self.precision = config.precision
         self.update_prepared()
 
     @property
@@ -136,18 +114,6 @@ class SparseLinear(nn.Linear):
         self._values_scale = float(scale)
         self.update_weight_fp8()
         self._tie()
-
-    @property
-    def rank(self) -> int:
-        """Rank of the branch; 0 without one."""
-        comp_down = self.comp_down
-        return 0 if comp_down is None else comp_down.shape[1]
-
-    @property
-    def bias_groups(self) -> int:
-        """How many groups of timesteps have a `comp_bias` of their own; 1 where one serves all, 0 without one."""
-        comp_bias = self.comp_bias
-        return 0 if comp_bias is None else comp_bias.shape[0] if comp_bias.dim() == 2 else 1
 
     # ---- to and from nn.Linear ----------------------------------------------------------------------------------------------------------
 
@@ -192,8 +158,10 @@ class SparseLinear(nn.Linear):
 
         Raises:
             InvalidArgumentError: A shape does not fit, `values_scale` is no power of two, or a branch is given to a layer with
-                ``branch="none"``.
+                ``branch="none"``, or the layer is compact: what follows from the weight could not be made.
         """
+        if self.is_compact:
+            raise InvalidArgumentError("SparseLinear.set_compensation", "self", "a compact layer", "one that has its weight")
         problem = self.branch_problem(comp_down, comp_up)
         if problem:
             raise InvalidArgumentError("SparseLinear.set_compensation", "comp_down and comp_up", *problem)
@@ -223,96 +191,13 @@ class SparseLinear(nn.Linear):
         self.derived = Derived.of(self)
         self.update_prepared()
 
-    def update_prepared(self) -> None:
-        """Make everything anew that is made from the weight and not saved; ``load_state_dict`` calls this."""
-        self.update_weight_fp8()
-        self.update_score()
-
-    def discard_prepared(self) -> None:
-        """Hold nothing of that, until `update_prepared`."""
-        for name in _PREPARED:
-            self._hold(name, None)
-
-    @torch.no_grad()
-    def update_weight_fp8(self) -> None:
-        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
-
-        Where they are already there they are overwritten, so that captured CUDA graphs follow.
-        """
-        made: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.precision == "fp8":
-            made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
-        for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
-            old: Tensor | None = getattr(self, name)
-            if old is not None and new is not None and old.device == new.device and not old.is_inference():
-                old.copy_(new)
-            else:
-                self._hold(name, new)
-
-    def bias_shape(self, comp_bias: Tensor | None) -> tuple[int, ...]:
-        """The shape a `comp_bias` with as many dimensions must have: ``(N,)`` or ``(G, N)``."""
-        grouped = comp_bias is not None and comp_bias.dim() == 2 and len(comp_bias) > 0
-        return (len(comp_bias), self.out_features) if comp_bias is not None and grouped else (self.out_features,)
-
-    def update_score(self) -> None:
-        """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
-
-        Layers that share their input share the score: the norms of their stacked weights' columns. It only ranks channels: a stale one
-        costs a little accuracy, never correctness.
-        """
-        self.set_score(None)
-        if self.selection == "weight":
-            layers = [self] if self.input_group is None else self.input_group.layers()
-            layers = [layer for layer in layers if layer.selection == "weight" and layer.weight.device == self.weight.device]
-            counted = [layer.weight.detach() for layer in layers if not layer.repeats] or [self.weight.detach()]
-            each = [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in counted]
-            norms = each[0] if len(each) == 1 else torch.linalg.vector_norm(torch.stack(each), dim=0)
-            for layer in layers:
-                layer.set_score(norms if layer.permutation is None else norms[layer.permutation])
-        self._tie()
-
-    def set_score(self, score: Tensor | None) -> None:
-        """Hold this score."""
-        self._hold("score", score)
-
-    def _hold(self, name: str, prepared: Tensor | None) -> None:
-        # Where there is one it is a buffer that is not saved, which accelerate's offloading takes to be there.
-        self.register_buffer(name, prepared, persistent=prepared is None)
-
-    def selection_inputs(self) -> SelectionInputs:
-        """All that its selection depends on but the input: the permutation, then `rtlynx.ops.sparsify`'s arguments from `score` on."""
-        branch_input = "input" if self.branch == "input" else "dropped"
-        buffers = self._buffers  # read with every call, and three times as fast as attributes
-        values = (E4M3, self._values_scale) if self.precision == "fp8" else (None, 1.0)
-        of_input = buffers["permutation"], buffers["score"], buffers["shift"]
-        return *of_input, self.comp_down, branch_input, self.norm_compensation, EPS, *values
-
-    def _tie(self) -> None:
-        if self.input_group is not None:
-            self.input_group.tie()
-
-    def branch_problem(self, comp_down: Tensor | None, comp_up: Tensor | None) -> tuple[str, str] | None:
-        """(got, expected) when the two factors cannot be this layer's branch."""
-        if comp_down is None and comp_up is None:
-            return None
-        if self.branch == "none":
-            return "a branch", 'none, since the layer has branch="none"'
-        if comp_down is None or comp_up is None:
-            return "one of them", "both or neither"
-        rank = comp_down.shape[-1]
-        shapes = tuple(comp_down.shape), tuple(comp_up.shape)
-        if shapes != ((self.in_features, rank), (self.out_features, rank)) or rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
-            expected = f"({self.in_features}, r) and ({self.out_features}, r), r a multiple of {RANK_MULTIPLE} up to {MAX_RANK}"
-            return f"shapes {shapes[0]} and {shapes[1]}", expected
-        return None
-
     # ---- nn.Module ----------------------------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., K)`` → ``(..., N)``, same dtype."""
         tokens = input.shape[:-1]
         if self._is_dense_now(tokens.numel(), input.device):
-            return F.linear(input, self.weight, self.bias)
+            return self._dense(input)
         if torch.compiler.is_compiling() or self.input_group is None or self.sharing == 1:
             selected = self._select(input)
         else:
@@ -357,6 +242,15 @@ class SparseLinear(nn.Linear):
         selected = ops.sparsify(_rows(x), *arguments, activation, gate, head)  # type: ignore[call-arg]  # mypy cannot count them
         return self._multiply(selected, x.dtype, x.shape[:-1])
 
+    def _dense(self, input: Tensor) -> Tensor:
+        buffers = self._buffers
+        scale, permutation = buffers["compact_scale"], buffers["permutation"]
+        if scale is None:
+            return F.linear(input, self.weight, self.bias)
+        if permutation is not None:  # a compact layer's weight has its columns in the gathered order
+            input = input.index_select(-1, permutation)
+        return F.linear(input, dequantized_weight(self.weight, scale, input.dtype), self.bias)
+
     def _is_dense_now(self, tokens: int, device: torch.device) -> bool:
         return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
 
@@ -389,9 +283,11 @@ class SparseLinear(nn.Linear):
         return output if len(tokens) == 1 else output.view(*tokens, self.out_features)
 
     def _prepared_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The e4m3 copy of ``weight`` and its scale."""
+        """The e4m3 copy of ``weight`` and its scale; a compact layer's weight is that itself."""
         copied, scale = self._buffers["weight_fp8"], self._buffers["weight_scale"]
-        assert copied is not None and scale is not None
+        assert scale is not None
+        if copied is None:
+            return weight, scale
         if torch.is_grad_enabled() and weight.requires_grad:
             # A zero that depends on the weight: the output then requires a gradient too, and the backward pass says that there is none.
             scale = scale + weight[:0].sum(dtype=torch.float32)
@@ -412,7 +308,7 @@ class SparseLinear(nn.Linear):
 
     def least_tokens(self, device: torch.device) -> int:
         """From how many tokens on this layer is faster sparse than dense on ``device``."""
-        return least_tokens(device, self.out_features, self.in_features, self.rank, self.weight.dtype, self.values_dtype)
+        return least_tokens(device, self.out_features, self.in_features, self.rank, self.compute_dtype, self.values_dtype)
 
     def extra_repr(self) -> str:
         compensation = f"rank={self.rank}, branch={self.branch}, norm_compensation={self.norm_compensation}"
@@ -421,63 +317,8 @@ class SparseLinear(nn.Linear):
         precision = self.precision if self.values_scale == 1 else f"{self.precision}, values_scale={self.values_scale}"
         groups = f", bias_groups={self.bias_groups}" if self.bias_groups > 1 else ""
         switches = f"selection={self.selection}{shift}{groups}, precision={precision}, dense={self.dense}"
-        return f"{super().extra_repr()}, {compensation}, {switches}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
-        # `.to(bfloat16)` casts every floating-point buffer, but the kernels read these in dtypes of their own: redo those moves without.
-        before = {name: getattr(self, name) for name in _OWN_DTYPES}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new is not None and new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
-        if any(getattr(self, name) is not None for name in ("shift", "score", "permutation")):
-            self._tie()  # a buffer that moved is another object
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        if self.weight_fp8 is not None:  # torch pickles no float8: its bytes
-            state["_buffers"] = {**state["_buffers"], "weight_fp8": self.weight_fp8.view(torch.uint8)}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.weight_fp8 is not None:
-            self._hold("weight_fp8", self.weight_fp8.view(E4M3))
-        if self.input_group is not None:
-            self.input_group.join(self)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint saved with a compensation loads into a layer that has none yet, or one of another rank: make room for it.
-        found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
-        if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
-            self.comp_down, self.comp_up = self._room_for(found["comp_down"]), self._room_for(found["comp_up"])
-        if found["sparse_weight"] is not None and self.sparse_weight is None:
-            self.sparse_weight = self._room_for(found["sparse_weight"])
-        bias, present = found["comp_bias"], self.comp_bias
-        if bias is not None and bias.shape == self.bias_shape(bias) and (present is None or present.shape != bias.shape):
-            self.comp_bias = self._room_for(bias)
-        # Selection's tensors get room of their own: the present ones may be another layer's too, which may have other values.
-        if found["shift"] is not None:
-            self.shift = self.weight.new_zeros(self.in_features, dtype=torch.float32)
-        if found["permutation"] is not None:
-            self.permutation = self.weight.new_zeros(self.in_features, dtype=torch.int64)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.derived = Derived.of(self)
-        self.update_prepared()
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # What layers of a group hold in common is in each one's name, and apart: safetensors refuses tensors that share memory.
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        others = () if self.input_group is None else self.input_group.before(self)
-        for name in ("comp_down", "shift", "permutation"):
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is not None and not keep_vars and any(getattr(other, name) is tensor for other in others):
-                destination[prefix + name] = destination[prefix + name].clone()
-
-    def _room_for(self, value: Tensor | None) -> nn.Parameter | None:
-        return None if value is None else nn.Parameter(self.weight.new_zeros(value.shape), requires_grad=False)
+        compact = ", compact=True" if self.is_compact else ""
+        return f"{super().extra_repr()}, {compensation}, {switches}{compact}"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -491,14 +332,16 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
     Hook dictionaries are shared as objects, so that the handles users hold still remove their hooks.
 
     Raises:
-        InvalidArgumentError: The old layer's forward is wrapped; the wrapper is bound to the old layer and cannot move.
+        InvalidArgumentError: The old layer's forward is wrapped; the wrapper is bound to the old layer and cannot move. Or it is compact.
     """
+    if isinstance(old, SparseLinear) and old.is_compact:
+        raise InvalidArgumentError(type(new).__name__, "layer", "a compact layer", "one that has its weight: load the model again")
     if "forward" in old.__dict__:
         got, expected = "a layer whose forward is wrapped by a hook", "one without: remove the hook first"
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"input_group", "sharing", "repeats", "derived", "bias_group"}
+    own |= {"_compact_dtype", "input_group", "sharing", "repeats", "derived", "bias_group"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rtlynx.eligibility import all_sparse_layers, sparse_layers, target_modules
+from rtlynx.compacted import refuse_compact
+from rtlynx.eligibility import all_sparse_layers, canonical, sparse_layers, target_modules
+from rtlynx.linear import SparseLinear
 
 logger = logging.getLogger("rtlynx")
 
@@ -29,7 +31,15 @@ def refresh(pipe_or_module: T) -> T:
 
     Returns:
         The same object.
+
+    Raises:
+        InvalidArgumentError: A layer is compact (`rtlynx.compact`): it holds nothing to prepare anything from.
     """
+    refuse_compact("refresh", all_sparse_layers(target_modules(pipe_or_module, "refresh")), "layers that have their weights")
+    return _refresh_and_tell(pipe_or_module)
+
+
+def _refresh_and_tell(pipe_or_module: T) -> T:
     outdated = _refresh(pipe_or_module)
     if outdated:
         message = "refresh: the compensation of %d layers was fitted to other weights (first %s): calibrate again, or do not fuse adapters"
@@ -38,12 +48,12 @@ def refresh(pipe_or_module: T) -> T:
 
 
 def _refresh(pipe_or_module: object) -> list[str]:
-    """Renew what can be; returns the layers whose compensation was fitted to other weights."""
+    """Renew what can be, which is nothing in compact layers; returns the layers whose compensation was fitted to other weights."""
     layers = all_sparse_layers(target_modules(pipe_or_module, "refresh"))
     away = [name for name, layer in layers.items() if layer.weight.is_meta]
     if away:
         logger.warning("refresh: the weights of %d layers are offloaded (first %s): refresh before offloading", len(away), away[0])
-    here = {name: layer for name, layer in layers.items() if not layer.weight.is_meta}
+    here = {name: layer for name, layer in layers.items() if not layer.weight.is_meta and not layer.is_compact}
     for layer in here.values():
         if layer.derived is not None:
             layer.derived.renew(layer)
@@ -64,7 +74,7 @@ def refresh_with_adapters(root: nn.Module) -> None:
 
 def _fused(root: nn.Module) -> None:
     _refresh_after_pipelines()  # the pipeline that called may have been imported after `refresh_with_adapters`
-    refresh(root)
+    _refresh_and_tell(root)
 
 
 def _refresh_after_pipelines() -> None:
@@ -75,9 +85,14 @@ def _refresh_after_pipelines() -> None:
 
 
 def _refresh_parts(pipe: Any) -> None:
-    for part in getattr(pipe, "components", {}).values():
-        if isinstance(part, nn.Module) and sparse_layers(part):
-            _refresh(part)
+    for model in _models(pipe):
+        _refresh(model)
+
+
+def _models(pipe_or_module: Any) -> list[nn.Module]:
+    """Those with sparse layers."""
+    parts = [pipe_or_module] if isinstance(pipe_or_module, nn.Module) else getattr(pipe_or_module, "components", {}).values()
+    return [part for part in parts if isinstance(part, nn.Module) and sparse_layers(part)]
 
 
 def _refresh_after(cls: type, name: str, after: Callable[[Any], object]) -> None:
@@ -89,9 +104,27 @@ def _refresh_after(cls: type, name: str, after: Callable[[Any], object]) -> None
 def _then(method: Callable[..., Any], after: Callable[[Any], object]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for model in _models(self):
+            _refuse_fusing(method.__name__, model)
         result = method(self, *args, **kwargs)
         after(self)
         return result
 
     wrapped._rtlynx = True  # type: ignore[attr-defined]
     return wrapped
+
+
+def _refuse_fusing(op: str, root: nn.Module) -> None:
+    """Refuse adapters that would be added to compact weights, or taken out of them, before one of them is."""
+    adapted = {
+        canonical(name): layer
+        for name, layer in root.named_modules()
+        if name.endswith(".base_layer")
+        and isinstance(layer, SparseLinear)
+        and _changes(op, root.get_submodule(name.removesuffix(".base_layer")))
+    }
+    refuse_compact(op, adapted, "adapters that stay unfused, or fused before rtlynx.compact")
+
+
+def _changes(op: str, wrapper: nn.Module) -> bool:
+    return op == "fuse_lora" or bool(getattr(wrapper, "merged", True))

@@ -23,7 +23,7 @@ from rtlynx.linear import same_selection
 from rtlynx.recipes import find_recipe
 
 if TYPE_CHECKING:
-    from rtlynx.linear import SparseLinear
+    from rtlynx.layer_state import LayerState
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def share_inputs(root: nn.Module, enabled: bool = True) -> None:
     """Put the sparse layers of a model into the groups its recipe names, or into none; call it when layers were added or removed."""
     layers = sparse_layers(root)
     suffixes = [(f".{member}", i) for i, group in enumerate(find_recipe(root).shared_inputs) for member in group]
-    found: dict[tuple[str, int], list[SparseLinear]] = {}
+    found: dict[tuple[str, int], list[LayerState]] = {}
     if not enabled:
         _untie(list(layers.values()))
     for name, layer in layers.items():
@@ -44,8 +44,8 @@ def share_inputs(root: nn.Module, enabled: bool = True) -> None:
                 found.setdefault((name.removesuffix(suffix), i), []).append(layer)
     for members in found.values():
         group = InputGroup()
-        for layer in members:
-            group.join(layer)
+        for member in members:
+            group.join(member)
         members[0].update_score()
 
 
@@ -53,7 +53,7 @@ _IN_COMMON = ("permutation", "comp_down", "shift", "score")
 """What layers of a group hold as one object where it is equal."""
 
 
-def _untie(layers: list[SparseLinear]) -> None:
+def _untie(layers: list[LayerState]) -> None:
     """Give every layer its own of what it holds in common with others."""
     seen: set[int] = set()
     for layer in layers:
@@ -74,24 +74,24 @@ class InputGroup:
     __slots__ = ("_kept", "_layers")
 
     def __init__(self) -> None:
-        self._layers: list[weakref.ref[SparseLinear]] = []
+        self._layers: list[weakref.ref[LayerState]] = []
         self._kept: _Kept | None = None
 
     def __reduce__(self) -> tuple[type[InputGroup], tuple[()]]:
-        # Copied or unpickled with its layers it starts empty, and they join it (SparseLinear.__setstate__).
+        # Copied or unpickled with its layers it starts empty, and they join it (LayerState.__setstate__).
         return InputGroup, ()
 
-    def join(self, layer: SparseLinear) -> None:
+    def join(self, layer: LayerState) -> None:
         """Make ``layer`` one of the group."""
         layer.input_group = self
         self._layers.append(weakref.ref(layer))
         self._count()
 
-    def layers(self) -> list[SparseLinear]:
+    def layers(self) -> list[LayerState]:
         """The layers that are still there and still in the group."""
         return [layer for layer in (ref() for ref in self._layers) if layer is not None and layer.input_group is self]
 
-    def before(self, layer: SparseLinear) -> list[SparseLinear]:
+    def before(self, layer: LayerState) -> list[LayerState]:
         """The layers that joined before ``layer``."""
         layers = self.layers()
         return layers[: layers.index(layer)]
@@ -121,7 +121,7 @@ class InputGroup:
         for layer, mine in zip(layers, asked, strict=True):
             layer.sharing = sum(same_selection(mine, other) for other in asked)
 
-    def select(self, reader: SparseLinear, source: Tensor, select: Callable[[Tensor], T]) -> T:
+    def select(self, reader: LayerState, source: Tensor, select: Callable[[Tensor], T]) -> T:
         """What was selected from ``source``: the selection that is kept if it serves this reader, else a new one.
 
         A kept selection serves each reader once, and only one that comes with the same tensor object, not written to since, and asks for
@@ -162,11 +162,11 @@ class _Kept(NamedTuple):
     selection: object
     readers: set[int]
 
-    def serves(self, reader: SparseLinear, source: Tensor, asked: tuple[object, ...], state: tuple[int, ...]) -> bool:
+    def serves(self, reader: LayerState, source: Tensor, asked: tuple[object, ...], state: tuple[int, ...]) -> bool:
         return self.source() is source and self.state == state and id(reader) not in self.readers and same_selection(self.asked, asked)
 
 
-def _refuse_moving_ahead(layer: SparseLinear) -> None:
+def _refuse_moving_ahead(layer: LayerState) -> None:
     """Refuse diffusers' group offloading of single layers on a stream.
 
     It would fill what the next layer holds in common with this one while this one still reads it.

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from rtlynx import launch
 from rtlynx.apply import applied_config
+from rtlynx.compact import kept_weights
 from rtlynx.config import SparsityConfig
-from rtlynx.eligibility import Candidate, candidates, target_modules
+from rtlynx.eligibility import Candidate, candidates, sparse_layers, target_modules
 from rtlynx.errors import RTLynxError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.fusions import fused_layers
@@ -39,6 +40,8 @@ class LayerSummary:
         tokens: Rows it is counted with: the summary's, or 1 where the recipe says it sees one row per sample.
         least_tokens: Called with fewer rows than this it computes densely; 0 if it never does.
         fused: What its selection does of what comes before it (`rtlynx.fusions`): ``"GELU (tanh) and concatenation"``; empty if nothing.
+        compact: Whether its weight is the e4m3 copy alone (`rtlynx.compact`).
+        not_compact: In a model with compact layers: why this sparse one is none; empty for the others.
     """
 
     name: str
@@ -51,6 +54,8 @@ class LayerSummary:
     tokens: int
     least_tokens: int = 0
     fused: str = ""
+    compact: bool = False
+    not_compact: str = ""
 
     @property
     def flops(self) -> int:
@@ -59,11 +64,12 @@ class LayerSummary:
 
     @property
     def remark(self) -> str:
-        """Why it is dense, or what runs it, what is fused into it, and from how many tokens on."""
+        """Why it is dense, or what runs it, what is fused into it, and from how many tokens on; whether it is compact."""
+        held = "; compact" if self.compact else f"; not compact: {self.not_compact}" if self.not_compact else ""
         if not self.sparse:
-            return self.reason
+            return self.reason + held
         fused = f"; fused with {self.fused}" if self.fused else ""
-        return f"{self.kernel}{fused}" + (f"; from {self.least_tokens} tokens on" if self.least_tokens else "")
+        return f"{self.kernel}{fused}" + (f"; from {self.least_tokens} tokens on" if self.least_tokens else "") + held
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ class Summary:
         Console(file=text, width=160, color_system=None).print(table)
         sparse = sum(row.sparse for row in self.rows)
         share = f"{sparse} of {len(self)} linear layers are sparse, {self.sparse_flops_share:.1%} of their FLOPs at {self.tokens} tokens"
+        compact = sum(row.compact for row in self.rows)
+        share += f", {compact} compact" if compact else ""
         lines = [line.rstrip() for line in text.getvalue().splitlines()]
         return "\n".join([self.model, *lines, share])
 
@@ -134,11 +142,20 @@ def summary(pipe_or_module: object, tokens: int = 4096) -> Summary:
     for prefix, root in modules.items():
         config = applied_config(root)
         fused = fused_layers(root)
-        rows += (_row(prefix, candidate, config is not None, tokens, fused) for candidate in candidates(root, config or SparsityConfig()))
+        kept = kept_weights(root) if any(layer.is_compact for layer in sparse_layers(root).values()) else {}
+        judged = candidates(root, config or SparsityConfig())
+        rows += (_row(prefix, candidate, config is not None, tokens, fused, kept) for candidate in judged)
     return Summary(", ".join(type(root).__name__ for root in modules.values()), tokens, tuple(rows))
 
 
-def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int, fused: Mapping[SparseLinear, Fusion]) -> LayerSummary:
+def _row(
+    prefix: str,
+    candidate: Candidate,
+    applied: bool,
+    tokens: int,
+    fused: Mapping[SparseLinear, Fusion],
+    kept: Mapping[SparseLinear, str],
+) -> LayerSummary:
     layer = candidate.module
     make = partial(
         LayerSummary,
@@ -150,6 +167,7 @@ def _row(prefix: str, candidate: Candidate, applied: bool, tokens: int, fused: M
     if not isinstance(layer, SparseLinear):
         added = "added or replaced since rtlynx.apply" if applied else "rtlynx.apply was not called on this model"
         return make(sparse=False, reason=candidate.reason or added, rank=0, kernel="torch")
+    make = partial(make, compact=layer.is_compact, not_compact=kept.get(layer, ""))
     if layer.dense:
         return make(sparse=False, reason="its `dense` switch is on", rank=layer.rank, kernel="torch")
     least = _least_tokens(layer)
@@ -185,7 +203,7 @@ def planned_kernel(layer: SparseLinear, tokens: int) -> str:
             n=layer.out_features,
             k=layer.in_features,
             rank=layer.rank,
-            dtype=kernel_dtype(layer.weight.dtype, layer.values_dtype),
+            dtype=kernel_dtype(layer.compute_dtype, layer.values_dtype),
         )
     except RTLynxError as error:
         return f"none: {error}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rtlynx
 from rtlynx import SparseLinear, SparsityConfig
+from rtlynx.fp8 import missing_kernels
 from tiny_models import TINY, output, relative_error
 from tiny_pipelines import flux_lora, flux_pipeline, sample
 
@@ -126,3 +127,64 @@ def test_moving_between_devices() -> None:
 def test_images_of_a_sparse_pipeline() -> None:
     images: Tensor = sample(sparse(flux_pipeline("cuda", BF16)), batch=2)
     assert images.shape == (2, 3, 32, 32) and images.isfinite().all()
+
+
+@pytest.fixture
+def fp8_kernels() -> None:
+    if reason := missing_kernels(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip(reason)
+
+
+def sparse_fp8(module_or_pipe: Any, compact: bool) -> Any:
+    """`sparse`, multiplying in fp8."""
+    sparse(module_or_pipe)
+    rtlynx.apply(module_or_pipe, SparsityConfig(rank=16, selection="weight", small_m="sparse", precision="fp8"))
+    if compact:
+        assert rtlynx.compact(module_or_pipe) > 0
+    return module_or_pipe
+
+
+@pytest.mark.usefixtures("fp8_kernels")
+def test_compact_computes_the_same_in_less_memory() -> None:
+    model, inputs = sparse_fp8(FLUX.build("cuda", BF16), compact=False), FLUX.inputs("cuda", BF16)
+    want, before = output(model, inputs), torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    freed = rtlynx.compact(model)
+    assert torch.cuda.max_memory_allocated() - before < freed / 4  # never a second copy of the weights
+    assert before - torch.cuda.memory_allocated() > 0.9 * freed  # the allocator rounds what it hands out
+    assert torch.equal(output(model, inputs), want)
+
+
+@pytest.mark.usefixtures("fp8_kernels")
+@torch.no_grad()
+def test_dense_steps_of_compact_layers_multiply_by_the_rounded_weight() -> None:
+    model = sparse_fp8(FLUX.build("cuda", BF16), compact=True)
+    layer = model.transformer_blocks[0].attn.to_q
+    layer.dense = True
+    x = torch.randn(300, layer.in_features, device="cuda", dtype=BF16)
+    want = x.double() @ (layer.weight.double() * layer.compact_scale.double()[:, None]).T + layer.bias.double()
+    assert relative_error(layer(x), want) < 1e-2  # the weight and the output are each rounded to bf16, by 2⁻⁹ at most
+
+
+@pytest.mark.usefixtures("fp8_kernels")
+@pytest.mark.parametrize("kind", [kind for kind in OFFLOADING if "stream" not in kind])
+def test_offloading_compact_layers(kind: str) -> None:
+    want = sample(sparse_fp8(flux_pipeline("cuda", BF16), compact=False), output_type="latent")
+    pipe = sparse_fp8(flux_pipeline("cpu", BF16), compact=True)
+    OFFLOADING[kind](pipe)
+    if kind.startswith("group"):
+        pipe.vae.to("cuda")
+    for _ in range(2):
+        assert relative_error(sample(pipe, output_type="latent").cuda(), want) < 5e-2  # prepared on the CPU, scales can differ in a bit
+
+
+@pytest.mark.usefixtures("fp8_kernels")
+@pytest.mark.parametrize("dense", [False, True])
+def test_compiled_compact_transformer(dense: bool) -> None:
+    model, inputs = sparse_fp8(FLUX.build("cuda", BF16), compact=True), FLUX.inputs("cuda", BF16)
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            layer.dense = dense
+    want = output(model, inputs)
+    torch._dynamo.reset()
+    assert relative_error(output(torch.compile(model), inputs), want) < 5e-2

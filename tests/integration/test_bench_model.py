@@ -102,6 +102,15 @@ def test_modes_with_hooks_around_layers_and_blocks() -> None:
     assert "first-block-cache not measured: ZImageTransformer2DModel has no caches" in notes
 
 
+def test_compact_holds_one_weight_and_changes_no_other_mode() -> None:
+    modes = ("sparse fp8", "sparse fp8 compact")
+    rows, notes = measure_step(small("flux.1-dev"), CPU, rank=16, repeats=1, compiled=False, modes=modes)
+    dense, copied, compact = rows
+    assert [row.mode for row in rows] == ["dense", "rank 16, sparse fp8", "rank 16, sparse fp8 compact"]
+    assert compact.memory_gb < dense.memory_gb < copied.memory_gb
+    assert not any("not finite" in note for note in notes)
+
+
 def test_variants_share_every_weight() -> None:
     model = build(small("flux.1-dev"), CPU)
     other = variant(model)

@@ -347,7 +347,8 @@ def test_the_extension_is_asked_by_the_name_of_both_element_types(monkeypatch: p
     for precision in ("model", "fp8"):
         layer = make(SparsityConfig(precision=precision), torch.bfloat16)  # type: ignore[arg-type]
         stand_in = SimpleNamespace(
-            weight=SimpleNamespace(device=torch.device("cuda"), dtype=layer.weight.dtype),
+            weight=SimpleNamespace(device=torch.device("cuda")),
+            compute_dtype=layer.compute_dtype,
             values_dtype=layer.values_dtype,
             out_features=N,
             in_features=K,

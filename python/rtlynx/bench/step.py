@@ -85,8 +85,14 @@ def _sparse_fp8(module: nn.Module, rank: int, fuse: bool = True) -> None:
     random_compensation(module, rank)
 
 
+def _sparse_fp8_compact(module: nn.Module, rank: int) -> None:
+    """`_sparse_fp8` with the e4m3 copy as the only weight (`rtlynx.compact`)."""
+    _sparse_fp8(module, rank)
+    rtlynx.compact(module)
+
+
 def _unfused(module: nn.Module, rank: int) -> None:
-    """The same with every activation as a pass of its own."""
+    """`_sparse_fp8` with every activation as a pass of its own."""
     _sparse_fp8(module, rank, fuse=False)
 
 
@@ -127,6 +133,7 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
     "naive": _naive,
     "compensated": _compensated,
     "sparse fp8": _sparse_fp8,
+    "sparse fp8 compact": _sparse_fp8_compact,
     "sparse fp8 unfused": _unfused,
     "fp8": _fp8,
     "fp8-storage": _fp8_storage,
@@ -135,6 +142,7 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
 """Name → what makes a model of random weights one of this mode, given the rank."""
 USUAL_MODES = ("dense", "naive", "compensated", "sparse fp8", "fp8")
 _EAGER_ONLY = ("fp8-storage", "first-block-cache")  # hooks around the layers or blocks: no whole graph
+_WITH_BRANCH = ("sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", *_EAGER_ONLY)
 
 
 @torch.no_grad()
@@ -228,7 +236,7 @@ def _label(mode: str, rank: int) -> str:
     """What a row is called: a mode with a branch by the rank, and by what else it is."""
     if mode == "compensated":
         return f"rank {rank}"
-    return f"rank {rank}, {mode}" if mode in ("sparse fp8", "sparse fp8 unfused", *_EAGER_ONLY) else mode
+    return f"rank {rank}, {mode}" if mode in _WITH_BRANCH else mode
 
 
 def _call(module: Any, inputs: Mapping[str, Any]) -> Callable[[], torch.Tensor]:

@@ -21,6 +21,7 @@ from rtlynx.calibrate.fit import TOKENS_PER_CHANNEL, Fit, Tensors, fit_input
 from rtlynx.calibrate.processes import Processes
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
 from rtlynx.calibrate.workfolder import WorkFolder
+from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
 from rtlynx.dense_steps import check_time
@@ -90,12 +91,13 @@ def calibrate(
         What was fitted; the layers have it already.
 
     Raises:
-        InvalidArgumentError: An argument does not fit, the model was not applied, or an activation is not finite.
+        InvalidArgumentError: An argument does not fit, the model was not applied, a layer is compact, or an activation is not finite.
         DistributedError: Another process failed.
     """
     modules, config = applied_modules(pipe_or_module, "calibrate")
     config, fit = _settings(config, method, rank, tuple(selection), bias, share, seed)
     layers = all_sparse_layers(modules)
+    refuse_compact("calibrate", layers, "layers that have their weights: calibrate before rtlynx.compact")
     runs = pipeline_runs("calibrate", pipe_or_module, prompts, run, seed, batch_size, pipe_kwargs)
     processes = Processes.present()
     if run is None:

@@ -22,7 +22,9 @@ def model(
     modes: Annotated[
         list[str] | None,
         typer.Option(
-            "--mode", help="naive, compensated, 'sparse fp8', fp8 (these by default); 'sparse fp8 unfused', fp8-storage, first-block-cache."
+            "--mode",
+            help="naive, compensated, 'sparse fp8', fp8 (these by default); 'sparse fp8 compact', 'sparse fp8 unfused', fp8-storage, "
+            "first-block-cache.",
         ),
     ] = None,
     out: Annotated[

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rtlynx.calibrate.runs import quiet
+from rtlynx.compacted import refuse_compact
 from rtlynx.eligibility import sparse_layers, target_module, target_modules
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.evaluate.bootstrap import Interval, interval, mean_interval
@@ -98,13 +99,14 @@ def evaluate(
         **pipe_kwargs: For the pipeline, e.g. ``guidance_scale``.
 
     Raises:
-        InvalidArgumentError: The model has no sparse layers, or an argument does not fit.
+        InvalidArgumentError: The model has no sparse layers, or compact ones (`rtlynx.compact`), or an argument does not fit.
     """
     model = target_module(pipe, "evaluate")
     if sum(bool(sparse_layers(module)) for module in target_modules(pipe, "evaluate").values()) > 1:
         raise InvalidArgumentError("evaluate", "pipe", "a pipeline with two sparse transformers", "one sparse transformer at a time")
     if not sparse_layers(model):
         raise InvalidArgumentError("evaluate", "pipe", "a pipeline without sparse layers", "one given to rtlynx.apply")
+    refuse_compact("evaluate", sparse_layers(model), "their weights, for the dense model to compare with: evaluate before rtlynx.compact")
     if not prompts or isinstance(prompts, str):
         raise InvalidArgumentError("evaluate", "prompts", repr(prompts), "a list of at least one")
     unknown = sorted(set(metrics) - set(LEARNED))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from typing import Any
 
@@ -26,6 +26,7 @@ from rtlynx.derived import Derived
 from rtlynx.eligibility import sparse_layers, unsupported
 from rtlynx.errors import CompensationMismatchError, InvalidArgumentError
 from rtlynx.linear import SparseLinear
+from rtlynx.reference import E4M3
 
 
 class _Method(str, Enum):
@@ -137,17 +138,21 @@ class RTLynxQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         apply(model, self.quantization_config.sparsity)
-        for name, layer in sparse_layers(model).items():
+        layers = sparse_layers(model)
+        _check_compact({key.removesuffix(_COMPACT) for key in self._checkpoint_keys if key.endswith(_COMPACT)}, layers)
+        for name, layer in layers.items():
             layer.discard_prepared()  # there is no weight yet to make it from, and nothing in the checkpoint to fill it with
+            if name + _COMPACT in self._checkpoint_keys:
+                layer.become_compact()
             for tensor, shape in _shapes(layer, self.quantization_config.sparsity.rank).items():
-                if f"{name}.{tensor}" in self._checkpoint_keys:
-                    _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.weight.dtype), device="meta"))
+                if f"{name}.{tensor}" in self._checkpoint_keys and tensor != "weight":
+                    _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.compute_dtype), device="meta"))
         return model
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Mapping[str, Tensor], **kwargs: Any
     ) -> bool:
-        """Whether it is a compensation tensor; a weight loads as in any model."""
+        """Whether it is a compensation tensor, or the weight of a compact layer; other weights load as in any model."""
         layer, _, tensor = param_name.rpartition(".")
         module = model.get_submodule(layer)
         return isinstance(module, SparseLinear) and tensor in _shapes(module, 0)
@@ -162,7 +167,7 @@ class RTLynxQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Set one compensation tensor in the checkpoint's own shape."""
+        """Set one such tensor in the checkpoint's own shape."""
         layer, _, tensor = param_name.rpartition(".")
         # `param_value` has been cast to the model's dtype, but selection reads a float32 shift and whole numbers.
         value = state_dict[param_name].to(_BUFFERS[tensor]) if tensor in _BUFFERS else param_value
@@ -182,6 +187,9 @@ class RTLynxQuantizer(DiffusersQuantizer):
                 what = " and ".join(setting for setting, used in prepared.items() if used)
                 got = f"one that offloads {name}"
                 raise InvalidArgumentError("RTLynxConfig", "device_map", got, f"whole layers on a device, for {what}")
+            if layer.is_compact:
+                layer.computes_in(model.dtype)
+                layer.take_values_scale()
             layer.derived = Derived.of(layer)
             layer.update_prepared()
         install_bias_groups(model)
@@ -206,19 +214,46 @@ class RTLynxQuantizer(DiffusersQuantizer):
         return True
 
 
-_BUFFERS = {"shift": torch.float32, "permutation": torch.int64}
-"""Compensation tensors that are buffers, with dtypes of their own."""
+_BUFFERS = {
+    "shift": torch.float32,
+    "permutation": torch.int64,
+    "score": torch.float32,
+    "compact_scale": torch.float32,
+    "compact_values_scale": torch.float32,
+}
+"""Tensors that are buffers, with dtypes of their own."""
 
 
 def _shapes(layer: SparseLinear, rank: int) -> dict[str, tuple[int, ...]]:
     """Compensation tensor → its shape, of those this layer may have."""
     k, n = layer.in_features, layer.out_features
     branch: dict[str, tuple[int, ...]] = {} if layer.branch == "none" else {"comp_down": (k, rank), "comp_up": (n, rank)}
-    return {**branch, "comp_bias": (n,), "sparse_weight": (n, k), "shift": (k,), "permutation": (k,)}
+    own = (
+        {"weight": (n, k), "compact_scale": (n,), "compact_values_scale": (1,), "score": (k,)}
+        if layer.is_compact
+        else {"sparse_weight": (n, k)}
+    )
+    return {**branch, **own, "comp_bias": (n,), "shift": (k,), "permutation": (k,)}
 
 
 def _set(layer: nn.Module, tensor: str, value: Tensor) -> None:
     setattr(layer, tensor, value if tensor in _BUFFERS else nn.Parameter(value, requires_grad=False))
+
+
+_COMPACT = ".compact_scale"
+
+
+def _check_compact(compact: Collection[str], layers: Mapping[str, SparseLinear]) -> None:
+    """Refuse a configuration under which layers that are compact in the checkpoint would not be.
+
+    Raises:
+        InvalidArgumentError: It would leave one dense, or multiply in another precision.
+    """
+    for name in sorted(compact):
+        precision = layers[name].precision if name in layers else None
+        if precision != "fp8":
+            got = f"{name} {'dense' if precision is None else f'with precision={precision!r}'}"
+            raise InvalidArgumentError("RTLynxConfig", "sparsity", got, "the checkpoint's own configuration: that layer is compact there")
 
 
 def _check_compensation(name: str, layer: SparseLinear) -> None:
@@ -230,7 +265,10 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
     problem = layer.branch_problem(layer.comp_down, layer.comp_up)
     if problem is not None:
         raise CompensationMismatchError(f"{name}: the checkpoint's comp_down and comp_up: got {problem[0]}, expected {problem[1]}")
-    for needs, needed in (("shift", "comp_bias"), ("permutation", "sparse_weight")):
+    needed_by = {"shift": "comp_bias"} if layer.is_compact else {"shift": "comp_bias", "permutation": "sparse_weight"}
+    if layer.weight.dtype is not E4M3 and layer.is_compact:
+        raise CompensationMismatchError(f"{name}: the checkpoint has compact_scale without an e4m3 weight")
+    for needs, needed in needed_by.items():
         if getattr(layer, needs) is not None and getattr(layer, needed) is None:
             raise CompensationMismatchError(f"{name}: the checkpoint has {needs} without {needed}")
     for tensor, shape in _shapes(layer, layer.rank).items():

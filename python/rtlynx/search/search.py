@@ -17,6 +17,7 @@ from rtlynx.apply import applied_config, apply, remember_config
 from rtlynx.calibrate.collect import Budget, all_dense, available_memory, collect
 from rtlynx.calibrate.fit import Fit
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
+from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
 from rtlynx.eligibility import sparse_layers, target_module
@@ -124,10 +125,11 @@ def search(
         **pipe_kwargs: For the pipeline, e.g. ``num_inference_steps=8``.
 
     Raises:
-        InvalidArgumentError: An argument does not fit, times cannot be had, or the budget cannot be met.
+        InvalidArgumentError: An argument does not fit, a layer is compact, times cannot be had, or the budget cannot be met.
         ImportError: SciPy is not installed (``pip install "rtlynx[search]"``).
     """
     root = target_module(pipe_or_module, "search")
+    refuse_compact("search", sparse_layers(root), "layers that have their weights: search before rtlynx.compact")
     options: list[Option] = [None, *sorted(set(ranks))]
     config = replace(config or applied_config(root) or SparsityConfig(), rank=max(ranks, default=0), ranks=())
     fit = Fit(method, config.rank, tuple(selection), norm_compensation=config.norm_compensation, seed=seed)

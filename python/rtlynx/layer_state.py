@@ -1,0 +1,346 @@
+"""What a sparse layer holds: made from the weight, moved, copied, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rtlynx.config import Branch, Precision, Selection, SmallM
+from rtlynx.derived import Derived
+from rtlynx.errors import InvalidArgumentError
+from rtlynx.fp8 import check_values_scale, quantize_weight
+from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from rtlynx.sharing import InputGroup
+
+_COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", "permutation")
+"""The tensors calibration adds to a layer; absent from its state dict until then."""
+_OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale", "compact_scale", "compact_values_scale")
+"""Floating-point buffers that a cast of the model leaves as they are."""
+_PREPARED = ("score", "weight_fp8", "weight_scale")
+"""Buffers that are made from the weight, and not saved; but for the score of a compact layer, which has nothing to make it from."""
+
+SelectionInputs = tuple[Any, ...]
+"""What `LayerState.selection_inputs` returns: tensors, None, and plain values."""
+
+
+class LayerState(nn.Linear):
+    """The tensors of a `SparseLinear`, which says what they are, and what keeps them together.
+
+    Some are parameters, which are fitted and saved; some are prepared from the weight, and are made again instead.
+    """
+
+    comp_down: nn.Parameter | None
+    comp_up: nn.Parameter | None
+    comp_bias: nn.Parameter | None
+    sparse_weight: nn.Parameter | None
+    shift: Tensor | None
+    permutation: Tensor | None
+    score: Tensor | None
+    weight_fp8: Tensor | None
+    weight_scale: Tensor | None
+    compact_scale: Tensor | None
+    compact_values_scale: Tensor | None
+    branch: Branch
+    selection: Selection
+    norm_compensation: bool
+    small_m: SmallM
+    precision: Precision
+    input_group: InputGroup | None
+    sharing: int
+    repeats: bool
+    derived: Derived | None
+    _values_scale: float
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.input_group = self.derived = None
+        self.sharing = 1
+        self.repeats = False
+        self.comp_down = self.comp_up = self.comp_bias = self.sparse_weight = None
+        self.register_buffer("shift", None)
+        self.register_buffer("permutation", None)
+        self.register_buffer("compact_scale", None)
+        self.register_buffer("compact_values_scale", None)
+        self._compact_dtype: torch.dtype | None = None
+        self.discard_prepared()
+        self._values_scale = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Rank of the branch; 0 without one."""
+        comp_down = self.comp_down
+        return 0 if comp_down is None else comp_down.shape[1]
+
+    @property
+    def bias_groups(self) -> int:
+        """How many groups of timesteps have a `comp_bias` of their own; 1 where one serves all, 0 without one."""
+        comp_bias = self.comp_bias
+        return 0 if comp_bias is None else comp_bias.shape[0] if comp_bias.dim() == 2 else 1
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether its weight is the e4m3 one and there is no other (`rtlynx.compact`)."""
+        return self._buffers["compact_scale"] is not None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of its input and output, which is not that of a compact layer's weight; peft gives this one to adapters."""
+        if self._buffers["compact_scale"] is None or self._compact_dtype is None:
+            return self.weight.dtype
+        bias = self.bias
+        return self._compact_dtype if bias is None else bias.dtype
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Take ``dtype`` for the `compute_dtype` of a compact layer without a bias: its weight does not tell it."""
+        self._compact_dtype = dtype
+
+    def take_values_scale(self) -> None:
+        """Use the scale of the values that was loaded with a compact layer's weight.
+
+        Raises:
+            InvalidArgumentError: It is no power of two.
+        """
+        loaded = self.compact_values_scale
+        if loaded is not None and not loaded.is_meta:
+            check_values_scale("load_state_dict", float(loaded))
+            self._values_scale = float(loaded)
+
+    def become_compact(self) -> None:
+        """Let the e4m3 copy be the weight, in the same memory, and hold no other; `rtlynx.compact` decides for which layers that is right.
+
+        A layer without the copy gets room for one, to be loaded into.
+        """
+        weight, scale = self.weight_fp8, self.weight_scale
+        if weight is None or scale is None:
+            weight, scale = torch.empty_like(self.weight, dtype=E4M3), self.weight.new_empty(self.out_features, dtype=torch.float32)
+        self._compact_dtype = self.weight.dtype
+        self.weight, self.sparse_weight = nn.Parameter(weight, requires_grad=False), None
+        self.register_buffer("compact_scale", scale * self._values_scale)
+        self.register_buffer("compact_values_scale", scale.new_full((1,), self._values_scale))
+        self._hold("weight_fp8", None)
+        self.set_score(self.score)
+        self.derived = None
+
+    def _tie(self) -> None:
+        if self.input_group is not None:
+            self.input_group.tie()
+
+    def branch_problem(self, comp_down: Tensor | None, comp_up: Tensor | None) -> tuple[str, str] | None:
+        """(got, expected) when the two factors cannot be this layer's branch."""
+        if comp_down is None and comp_up is None:
+            return None
+        if self.branch == "none":
+            return "a branch", 'none, since the layer has branch="none"'
+        if comp_down is None or comp_up is None:
+            return "one of them", "both or neither"
+        rank = comp_down.shape[-1]
+        shapes = tuple(comp_down.shape), tuple(comp_up.shape)
+        if shapes != ((self.in_features, rank), (self.out_features, rank)) or rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
+            expected = f"({self.in_features}, r) and ({self.out_features}, r), r a multiple of {RANK_MULTIPLE} up to {MAX_RANK}"
+            return f"shapes {shapes[0]} and {shapes[1]}", expected
+        return None
+
+    # ---- what is prepared from the weight ------------------------------------------------------------------------------------------------
+
+    def update_prepared(self) -> None:
+        """Make everything anew that is made from the weight and not saved; ``load_state_dict`` calls this."""
+        self.update_weight_fp8()
+        self.update_score()
+
+    def discard_prepared(self) -> None:
+        """Hold nothing of that, until `update_prepared`."""
+        for name in _PREPARED:
+            self._hold(name, None)
+
+    @torch.no_grad()
+    def update_weight_fp8(self) -> None:
+        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
+
+        Where they are already there they are overwritten, so that captured CUDA graphs follow.
+        """
+        made: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.compact_scale is not None:
+            made = None, self.compact_scale / self._values_scale
+            self.compact_values_scale = self.compact_scale.new_full((1,), self._values_scale)
+        elif self.precision == "fp8":
+            made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
+        for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
+            old: Tensor | None = getattr(self, name)
+            if old is not None and new is not None and old.device == new.device and not old.is_inference():
+                old.copy_(new)
+            else:
+                self._hold(name, new)
+
+    def bias_shape(self, comp_bias: Tensor | None) -> tuple[int, ...]:
+        """The shape a `comp_bias` with as many dimensions must have: ``(N,)`` or ``(G, N)``."""
+        grouped = comp_bias is not None and comp_bias.dim() == 2 and len(comp_bias) > 0
+        return (len(comp_bias), self.out_features) if comp_bias is not None and grouped else (self.out_features,)
+
+    def update_score(self) -> None:
+        """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
+
+        Layers that share their input share the score: the norms of their stacked weights' columns. It only ranks channels: a stale one
+        costs a little accuracy, never correctness. A compact layer keeps the one it has, and the others take theirs from it.
+        """
+        if self.selection != "weight":
+            self.set_score(None)
+        else:
+            layers = [self] if self.input_group is None else self.input_group.layers()
+            layers = [layer for layer in layers if layer.selection == "weight" and layer.weight.device == self.weight.device]
+            kept = next((layer for layer in (self, *layers) if layer.is_compact), None)
+            norms = _column_norms(self, layers) if kept is None else _in_channel_order(kept)
+            for layer in layers:
+                if norms is not None and not layer.is_compact:
+                    layer.set_score(norms if layer.permutation is None else norms[layer.permutation])
+        self._tie()
+
+    def set_score(self, score: Tensor | None) -> None:
+        """Hold this score."""
+        self._hold("score", score)
+
+    def _hold(self, name: str, prepared: Tensor | None) -> None:
+        # Where there is one it is a buffer that is not saved, which accelerate's offloading takes to be there.
+        self.register_buffer(name, prepared, persistent=prepared is None or (name == "score" and self.is_compact))
+
+    def selection_inputs(self) -> SelectionInputs:
+        """All that its selection depends on but the input: the permutation, then `rtlynx.ops.sparsify`'s arguments from `score` on."""
+        branch_input = "input" if self.branch == "input" else "dropped"
+        buffers = self._buffers  # read with every call, and three times as fast as attributes
+        values = (E4M3, self._values_scale) if self.precision == "fp8" else (None, 1.0)
+        of_input = buffers["permutation"], buffers["score"], buffers["shift"]
+        return *of_input, self.comp_down, branch_input, self.norm_compensation, EPS, *values
+
+    # ---- nn.Module -----------------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to(bfloat16)` casts every floating-point buffer, but the kernels read these in dtypes of their own: redo those moves without.
+        before = {name: getattr(self, name) for name in _OWN_DTYPES}
+        if self._compact_dtype is not None:
+            self._compact_dtype = fn(torch.empty(0, dtype=self._compact_dtype, device=self.weight.device)).dtype
+        super()._apply(self._but_for_dtype(fn) if self.is_compact else fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new is not None and new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        if any(getattr(self, name) is not None for name in ("shift", "score", "permutation")):
+            self._tie()  # a buffer that moved is another object
+        return self
+
+    def _but_for_dtype(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``fn``, which does not cast the weight: not even for a moment, since that would take the memory again."""
+        weight = self.weight
+
+        def applied(tensor: Tensor) -> Tensor:
+            if tensor is not weight:
+                return fn(tensor)
+            like = fn(tensor.detach().new_empty(0))
+            return fn(tensor) if like.dtype == tensor.dtype else tensor.to(like.device)
+
+        return applied
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        if self.weight_fp8 is not None:  # torch pickles no float8: its bytes
+            state["_buffers"] = {**state["_buffers"], "weight_fp8": self.weight_fp8.view(torch.uint8)}
+        if self.is_compact:
+            in_bytes = nn.Parameter(self.weight.detach().view(torch.uint8), requires_grad=False)
+            state["_parameters"] = {**state["_parameters"], "weight": in_bytes}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.weight_fp8 is not None:
+            self._hold("weight_fp8", self.weight_fp8.view(E4M3))
+        if self.is_compact:
+            self.weight = nn.Parameter(self.weight.view(E4M3), requires_grad=False)
+        if self.input_group is not None:
+            self.input_group.join(self)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self._follow_compact(state_dict, prefix)
+        # A checkpoint saved with a compensation loads into a layer that has none yet, or one of another rank: make room for it.
+        found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
+        if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
+            self.comp_down, self.comp_up = self._room_for(found["comp_down"]), self._room_for(found["comp_up"])
+        if found["sparse_weight"] is not None and self.sparse_weight is None:
+            self.sparse_weight = self._room_for(found["sparse_weight"])
+        bias, present = found["comp_bias"], self.comp_bias
+        if bias is not None and bias.shape == self.bias_shape(bias) and (present is None or present.shape != bias.shape):
+            self.comp_bias = self._room_for(bias)
+        # Selection's tensors get room of their own: the present ones may be another layer's too, which may have other values.
+        if found["shift"] is not None:
+            self.shift = self.weight.new_zeros(self.in_features, dtype=torch.float32)
+        if found["permutation"] is not None:
+            self.permutation = self.weight.new_zeros(self.in_features, dtype=torch.int64)
+        if self.is_compact and self.selection == "weight" and prefix + "score" in state_dict:
+            self.set_score(self.weight.new_zeros(self.in_features, dtype=torch.float32))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.derived = Derived.of(self)
+        self.take_values_scale()
+        self.update_prepared()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # What layers of a group hold in common is in each one's name, and apart: safetensors refuses tensors that share memory.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        others = () if self.input_group is None else self.input_group.before(self)
+        for name in ("comp_down", "shift", "permutation", "score"):
+            tensor: Tensor | None = getattr(self, name)
+            if (
+                tensor is not None
+                and prefix + name in destination
+                and not keep_vars
+                and any(getattr(other, name) is tensor for other in others)
+            ):
+                destination[prefix + name] = destination[prefix + name].clone()
+
+    def _room_for(self, value: Tensor | None) -> nn.Parameter | None:
+        return None if value is None else nn.Parameter(self.weight.new_zeros(value.shape, dtype=self.compute_dtype), requires_grad=False)
+
+    def _follow_compact(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Become compact for a checkpoint in which this layer is, and refuse one whose weight could not be read as what it is.
+
+        Raises:
+            InvalidArgumentError: It is compact here and not there, or there and cannot be here.
+        """
+        weight, scale = state_dict.get(prefix + "weight"), state_dict.get(prefix + "compact_scale")
+        if scale is None and (weight is None or not self.is_compact):
+            return
+        if scale is None:
+            got, expected = "a checkpoint that is not compact", "a compact one, or a model that rtlynx.compact was not called on"
+        elif weight is None or weight.dtype is not E4M3:
+            got, expected = "compact_scale without the e4m3 weight it belongs to", "both"
+        elif self.precision != "fp8":
+            got, expected = f'a compact checkpoint for a layer with precision="{self.precision}"', 'a model applied with precision="fp8"'
+        else:
+            if not self.is_compact:
+                self.become_compact()
+            return
+        raise InvalidArgumentError("load_state_dict", f"{prefix}weight", got, expected)
+
+
+def _column_norms(layer: LayerState, layers: Sequence[LayerState]) -> Tensor:
+    """``‖W_:j‖`` of the stacked weights of ``layers``, or of ``layer`` where none of them counts."""
+    counted = [each.weight.detach() for each in layers if not each.repeats] or [layer.weight.detach()]
+    norms = [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in counted]
+    stacked: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return stacked
+
+
+def _in_channel_order(layer: LayerState) -> Tensor | None:
+    """The layer's score as it would be without its permutation."""
+    score, permutation = layer.score, layer.permutation
+    return score if score is None or permutation is None else torch.empty_like(score).index_copy_(0, permutation, score)
