@@ -26,7 +26,7 @@ BIN = HOME / "bin"
 TOOLCHAIN = Path(".nox/nvcc").resolve()
 """nvcc from PyPI, away from torch, which pins other releases of the same CUDA wheels."""
 SANITIZED = Path(".nox/sanitize").resolve()
-SANITIZERS_AT_ONCE = 2
+SANITIZERS_AT_ONCE = 4
 PYTHON_FILES = ("python", "tests", "examples", "noxfile.py")
 
 
@@ -59,37 +59,44 @@ def sanitize(session: nox.Session) -> None:
     """The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory, reads of memory never written.
 
     Most runs look at this project's kernels only. Reads of memory never written are found only where every kernel's writes are seen, so
-    there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. Races are
-    looked for in all kernels of test_fused_linear: racecheck ends cuBLAS's kernels, which its gradients need, with an illegal access
-    where it is told to leave them out. The tool's backtraces of the host keep Python's frames alive, and so every tensor in them.
+    there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In one test
+    races are looked for in all kernels: racecheck ends cuBLAS's, which the gradients of fused_linear need, with an illegal access where
+    it is told to leave them out. The tool's backtraces of the host keep Python's frames alive, and with them every tensor they name.
     Full-size layers are left out of all: under the sanitizer they would take hours. Some runs go side by side, since each waits for its
     host most of the time. Their output is in .nox/sanitize.
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
-    ours = tuple(option for name in ("sparsify", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}"))
-    ops = [f"tests/gpu/test_{name}.py" for name in ("sparsify", "sparse_linear", "fused_linear")]
-    others = ("tests/gpu", *(f"--ignore={tests}" for tests in ops))
+    ours = [option for name in ("sparsify", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")]
+    selection, product, fused = ops = [f"tests/gpu/test_{name}.py" for name in ("sparsify", "sparse_linear", "fused_linear")]
+    others = ["tests/gpu", *(f"--ignore={tests}" for tests in ops)]
+    gradients = "test_gradients_match_the_reference"
+    runs = {
+        "memcheck-others": ("memcheck", ours, others),
+        **{f"memcheck-{Path(tests).stem}": ("memcheck", ours, [tests]) for tests in ops},
+        "racecheck-test_sparsify": ("racecheck", ours, [selection]),
+        "racecheck-test_sparse_linear": ("racecheck", ours, [product]),
+        "racecheck-test_fused_linear": ("racecheck", ours, [fused, f"--deselect={fused}::{gradients}"]),
+        "racecheck-gradients": ("racecheck", [], [f"{fused}::{gradients}"]),
+        **{f"initcheck-{Path(tests).stem}": ("initcheck", [], [tests]) for tests in ops},
+    }
     SANITIZED.mkdir(parents=True, exist_ok=True)
 
-    def check(tool: str, *tests: str) -> str | None:
-        everything = tool == "initcheck" or (tool == "racecheck" and "fused" in tests[0])
-        options = ("--tool", tool, "--show-backtrace", "device", "--error-exitcode", "1", "--target-processes", "all")
-        checked = (sanitizer, *options, *(() if everything else ours))
-        pytest = ("python", "-m", "pytest", *tests, "-m", "not large", *session.posargs)
-        log = SANITIZED / f"{tool}-{Path(tests[0]).stem}.log"
+    def failed(name: str) -> bool:
+        tool, kernels, tests = runs[name]
+        options = ("--tool", tool, "--show-backtrace", "device", "--error-exitcode", "1", "--target-processes", "all", *kernels)
         try:
-            with log.open("w") as output:
-                run(session, *checked, *pytest, stdout=output, stderr=subprocess.STDOUT, log=False)
+            with (SANITIZED / f"{name}.log").open("w") as output:
+                pytest = ("python", "-m", "pytest", *tests, "-m", "not large", *session.posargs)
+                run(session, sanitizer, *options, *pytest, stdout=output, stderr=subprocess.STDOUT, log=False)
         except nox.command.CommandFailed:
-            return str(log)
-        return None
+            return True
+        return False
 
-    parts = [("memcheck", *others), *((tool, tests) for tool in ("memcheck", "racecheck", "initcheck") for tests in ops)]
     with ThreadPoolExecutor(SANITIZERS_AT_ONCE) as pool:
-        failed = [log for log in pool.map(lambda part: check(*part), parts) if log is not None]
-    if failed:
-        session.error("compute-sanitizer or a test under it failed: " + ", ".join(failed))
+        unclean = [name for name, bad in zip(runs, pool.map(failed, runs), strict=True) if bad]
+    if unclean:
+        session.error(f"compute-sanitizer or a test under it failed: {', '.join(unclean)}; see {SANITIZED}")
 
 
 @nox.session(venv_backend="none")

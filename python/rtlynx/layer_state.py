@@ -23,9 +23,10 @@ _COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", 
 """The tensors calibration adds to a layer; absent from its state dict until then."""
 _OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale", "compact_scale", "compact_values_scale")
 """Floating-point buffers that a cast of the model leaves as they are."""
-_PREPARED = ("score", "weight_fp8", "weight_scale")
-"""Buffers that are made from the weight, and not saved; but for the score of a compact layer, which has nothing to make it from."""
-
+_PREPARED = ("score", "weight_fp8", "weight_scale", "output_bias")
+"""Buffers that are made from the weight or the biases, and not saved; but for a compact layer's score: there is nothing to make it from."""
+_ADDED = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of biases that can be added: not those in which layerwise casting stores them."""
 SelectionInputs = tuple[Any, ...]
 """What `LayerState.selection_inputs` returns: tensors, None, and plain values."""
 
@@ -45,6 +46,7 @@ class LayerState(nn.Linear):
     score: Tensor | None
     weight_fp8: Tensor | None
     weight_scale: Tensor | None
+    output_bias: Tensor | None
     compact_scale: Tensor | None
     compact_values_scale: Tensor | None
     branch: Branch
@@ -56,6 +58,7 @@ class LayerState(nn.Linear):
     sharing: int
     repeats: bool
     derived: Derived | None
+    bias_group: Tensor | None
     _values_scale: float
 
     def __init__(
@@ -76,6 +79,7 @@ class LayerState(nn.Linear):
         self.register_buffer("compact_scale", None)
         self.register_buffer("compact_values_scale", None)
         self._compact_dtype: torch.dtype | None = None
+        self._output_bias_of: tuple[object, ...] = ()
         self.discard_prepared()
         self._values_scale = 1.0
 
@@ -160,6 +164,7 @@ class LayerState(nn.Linear):
         """Make everything anew that is made from the weight and not saved; ``load_state_dict`` calls this."""
         self.update_weight_fp8()
         self.update_score()
+        self.update_output_bias()
 
     def discard_prepared(self) -> None:
         """Hold nothing of that, until `update_prepared`."""
@@ -168,10 +173,7 @@ class LayerState(nn.Linear):
 
     @torch.no_grad()
     def update_weight_fp8(self) -> None:
-        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
-
-        Where they are already there they are overwritten, so that captured CUDA graphs follow.
-        """
+        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does it for a whole model after its weights changed."""
         made: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.compact_scale is not None:
             made = None, self.compact_scale / self._values_scale
@@ -179,11 +181,42 @@ class LayerState(nn.Linear):
         elif self.precision == "fp8":
             made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
         for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
-            old: Tensor | None = getattr(self, name)
-            if old is not None and new is not None and old.device == new.device and not old.is_inference():
-                old.copy_(new)
-            else:
-                self._hold(name, new)
+            self._renew(name, new)
+
+    @torch.no_grad()
+    def update_output_bias(self) -> None:
+        """Add `comp_bias` to `bias` once instead of with every call, which would be a kernel of its own. Not for groups of timesteps."""
+        bias, comp_bias, total = self.bias, self.comp_bias, None
+        if bias is not None and comp_bias is not None and comp_bias.dim() == 1 and all(map(_can_be_added, (bias, comp_bias))):
+            total = bias + comp_bias
+        self._renew("output_bias", total)
+        self._output_bias_of = () if total is None else (bias, bias._version, comp_bias, comp_bias._version)  # type: ignore[union-attr]
+
+    def added_bias(self) -> Tensor | None:
+        """What is added to the output now beside the branch: ``bias + comp_bias``."""
+        bias, comp_bias = self.bias, self.comp_bias
+        if comp_bias is None:
+            return bias
+        if comp_bias.dim() == 2:
+            comp_bias = self._bias_now(comp_bias)  # type: ignore[assignment]
+        elif bias is not None and self._is_added(bias, comp_bias):
+            return self._buffers["output_bias"]
+        return comp_bias if bias is None else bias + comp_bias
+
+    def _is_added(self, bias: nn.Parameter, comp_bias: nn.Parameter) -> bool:
+        """Whether `output_bias` is their sum as they are now. Compiled code cannot see that they were written to: `rtlynx.refresh`."""
+        if self._buffers["output_bias"] is None or (torch.is_grad_enabled() and (bias.requires_grad or comp_bias.requires_grad)):
+            return False
+        if torch.compiler.is_compiling():
+            return True
+        of, version, comp_of, comp_version = self._output_bias_of
+        return of is bias and comp_of is comp_bias and version == bias._version and comp_version == comp_bias._version
+
+    def _bias_now(self, comp_bias: Tensor) -> Tensor:
+        """The row of a ``(G, N)`` bias for the present step; the first where nobody said which it is."""
+        if self.bias_group is None:
+            return comp_bias[0]
+        return comp_bias.index_select(0, self.bias_group.to(comp_bias.device)).view(-1)
 
     def bias_shape(self, comp_bias: Tensor | None) -> tuple[int, ...]:
         """The shape a `comp_bias` with as many dimensions must have: ``(N,)`` or ``(G, N)``."""
@@ -216,6 +249,14 @@ class LayerState(nn.Linear):
         # Where there is one it is a buffer that is not saved, which accelerate's offloading takes to be there.
         self.register_buffer(name, prepared, persistent=prepared is None or (name == "score" and self.is_compact))
 
+    def _renew(self, name: str, prepared: Tensor | None) -> None:
+        # Where there already is one it is overwritten, so that captured CUDA graphs follow.
+        old: Tensor | None = getattr(self, name)
+        if old is None or prepared is None or (old.device, old.dtype) != (prepared.device, prepared.dtype) or old.is_inference():
+            self._hold(name, prepared)
+        else:
+            old.copy_(prepared)
+
     def selection_inputs(self) -> SelectionInputs:
         """All that its selection depends on but the input: the permutation, then `rtlynx.ops.sparsify`'s arguments from `score` on."""
         branch_input = "input" if self.branch == "input" else "dropped"
@@ -238,6 +279,7 @@ class LayerState(nn.Linear):
                 setattr(self, name, old.to(new.device))
         if any(getattr(self, name) is not None for name in ("shift", "score", "permutation")):
             self._tie()  # a buffer that moved is another object
+        self.update_output_bias()
         return self
 
     def _but_for_dtype(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -269,6 +311,7 @@ class LayerState(nn.Linear):
             self.weight = nn.Parameter(self.weight.view(E4M3), requires_grad=False)
         if self.input_group is not None:
             self.input_group.join(self)
+        self.update_output_bias()
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         self._follow_compact(state_dict, prefix)
@@ -330,6 +373,10 @@ class LayerState(nn.Linear):
                 self.become_compact()
             return
         raise InvalidArgumentError("load_state_dict", f"{prefix}weight", got, expected)
+
+
+def _can_be_added(bias: Tensor) -> bool:
+    return bias.dtype in _ADDED and not bias.is_meta and not bias.is_inference()
 
 
 def _column_norms(layer: LayerState, layers: Sequence[LayerState]) -> Tensor:

@@ -56,6 +56,7 @@ class SparseLinear(LayerState):
         score: Buffer ``(K,)`` float32, ``‖W_:j‖``, with ``selection="weight"``, else None. Not saved: see `update_score`.
         weight_fp8: Buffer ``(N, K)`` e4m3, made from `sparse_weight` or `weight`, with ``precision="fp8"``, else None. Not saved: see
             `update_weight_fp8`.
+        output_bias: Buffer ``(N,)``, ``bias + comp_bias`` where there are both and no groups of timesteps, else None. Not saved.
         weight_scale: Buffer ``(N,)`` float32 that belongs to it, the `values_scale` divided out; else None.
         compact_scale: Buffer ``(N,)`` float32 or None. Where there is one the layer is compact (`rtlynx.compact`): `weight` is the e4m3
             copy, its columns in the gathered order, `weight_fp8` and `sparse_weight` are None, and ``weight · compact_scale`` stands for
@@ -258,17 +259,13 @@ class SparseLinear(LayerState):
         """The product and all that is added to it; ``tokens`` are the leading dimensions of the output."""
         values, metadata, row_scale, branch = selected
         # An attribute that is a parameter is slow to read: each once.
-        weight, bias, comp_up, comp_bias, sparse_weight = self.weight, self.bias, self.comp_up, self.comp_bias, self.sparse_weight
+        weight, comp_up, sparse_weight = self.weight, self.comp_up, self.sparse_weight
         if sparse_weight is not None:
             weight = sparse_weight
         weight_scale = out_dtype = None
         if self.precision == "fp8":
             weight, weight_scale = self._prepared_for(weight)
             out_dtype = dtype
-        if comp_bias is not None:
-            if comp_bias.dim() == 2:
-                comp_bias = self._bias_now(comp_bias)  # type: ignore[assignment]
-            bias = comp_bias if bias is None else bias + comp_bias  # type: ignore[assignment]
         output = ops.sparse_linear(
             values,
             metadata,
@@ -276,7 +273,7 @@ class SparseLinear(LayerState):
             row_scale if self.norm_compensation else None,
             None if comp_up is None else branch,
             comp_up,
-            bias,
+            self.added_bias(),
             weight_scale,
             out_dtype,
         )
@@ -292,12 +289,6 @@ class SparseLinear(LayerState):
             # A zero that depends on the weight: the output then requires a gradient too, and the backward pass says that there is none.
             scale = scale + weight[:0].sum(dtype=torch.float32)
         return copied, scale
-
-    def _bias_now(self, comp_bias: Tensor) -> Tensor:
-        """The row of a ``(G, N)`` bias for the present step; the first where nobody said which it is."""
-        if self.bias_group is None:
-            return comp_bias[0]
-        return comp_bias.index_select(0, self.bias_group.to(comp_bias.device)).view(-1)
 
     def _select(self, input: Tensor) -> ops.Sparsified:
         permutation, *arguments = self.selection_inputs()
@@ -341,7 +332,7 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"_compact_dtype", "input_group", "sharing", "repeats", "derived", "bias_group"}
+    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 

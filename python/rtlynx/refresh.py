@@ -58,6 +58,7 @@ def _refresh(pipe_or_module: object) -> list[str]:
         if layer.derived is not None:
             layer.derived.renew(layer)
         layer.update_weight_fp8()
+        layer.update_output_bias()
         if layer.score is not None:
             layer.update_score()
     return [name for name, layer in here.items() if layer.derived is not None and not layer.derived.fits(layer)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, reference
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, ops, reference
 from rtlynx.reference import Activation, activated
 from rtlynx.sharing import InputGroup
 
@@ -356,3 +356,84 @@ def test_gradients_through_the_activation() -> None:
         results.append(torch.autograd.grad(out.square().sum(), [*leaves, layer.weight, layer.bias]))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
+# ---- the two biases, added once ---------------------------------------------------------------------------------------------------------
+
+
+def without_biases(layer: SparseLinear, x: Tensor) -> Tensor:
+    bare = copy.deepcopy(layer)
+    bare.bias = bare.comp_bias = None
+    return bare(x)  # type: ignore[no-any-return]
+
+
+def changed(how: str, layer: SparseLinear) -> None:
+    with torch.no_grad():
+        if how == "bias in place":
+            layer.bias.add_(1)
+        elif how == "comp_bias in place":
+            assert layer.comp_bias is not None
+            layer.comp_bias.mul_(2)
+        elif how == "another bias":
+            layer.bias = nn.Parameter(torch.randn(N))
+        elif how == "no bias":
+            layer.bias = None  # type: ignore[assignment]
+        elif how == "loaded":
+            layer.load_state_dict({name: 2 * tensor for name, tensor in layer.state_dict().items()})
+        elif how == "double":
+            layer.to(torch.float64).to(torch.float32)
+
+
+@pytest.mark.parametrize("how", ["as it is", "bias in place", "comp_bias in place", "another bias", "no bias", "loaded", "double"])
+@torch.no_grad()
+def test_biases_are_added_as_they_are_now(how: str) -> None:
+    layer, x = compensated(), tokens(9)
+    layer(x)
+    changed(how, layer)
+    assert layer.comp_bias is not None
+    biases = layer.comp_bias if layer.bias is None else layer.bias + layer.comp_bias
+    torch.testing.assert_close(layer(x), without_biases(layer, x) + biases)
+    layer.update_prepared()
+    assert (layer.output_bias is None) == (layer.bias is None)
+    torch.testing.assert_close(layer(x), without_biases(layer, x) + biases)
+
+
+@torch.no_grad()
+def test_both_biases_are_one_tensor_to_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    sparse_linear = ops.sparse_linear
+    monkeypatch.setattr(ops, "sparse_linear", lambda *args: given.append(args[6]) or sparse_linear(*args))
+    layer = compensated()
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        each(tokens(9))
+        assert given.pop() is each.output_bias is not None
+        assert "output_bias" not in each.state_dict()
+    layer.set_compensation()
+    assert layer.output_bias is None
+
+
+def test_a_captured_sum_follows() -> None:
+    layer = compensated()
+    held = layer.output_bias
+    with torch.no_grad():
+        layer.bias.add_(1)
+    layer.update_prepared()
+    assert layer.output_bias is held is not None
+    torch.testing.assert_close(held, (layer.bias + layer.comp_bias).detach())
+
+
+def test_gradients_reach_both_biases() -> None:
+    layer = compensated()
+    assert layer.comp_bias is not None
+    layer.comp_bias.requires_grad_()
+    layer(tokens(9)).sum().backward()
+    for bias in (layer.bias, layer.comp_bias):
+        torch.testing.assert_close(bias.grad, torch.full((N,), 9.0))
+
+
+def test_biases_in_fp8_storage_are_not_added() -> None:
+    layer = compensated()
+    layer.to(torch.float8_e4m3fn)
+    assert layer.output_bias is None
+    layer.to(torch.float32)
+    assert layer.output_bias is not None

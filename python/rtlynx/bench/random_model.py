@@ -51,11 +51,12 @@ def variant(module: nn.Module) -> Any:
 
 @torch.no_grad()
 def random_compensation(module: nn.Module, rank: int) -> None:
-    """Give every sparse layer a branch as calibration does, drawn at random: layers that share an input share its first factor."""
-    downs: dict[int, Tensor] = {}
+    """Give every sparse layer a branch and a shift as calibration does, drawn at random: layers that share an input share what reads it."""
+    of_input: dict[int, tuple[Tensor, Tensor]] = {}
     for layer in sparse_layers(module).values():
         k, n = layer.in_features, layer.out_features
         owner = id(layer if layer.input_group is None else layer.input_group)
-        if owner not in downs:
-            downs[owner] = layer.weight.new_empty(k, rank).normal_(std=1 / math.sqrt(k))
-        layer.set_compensation(downs[owner], layer.weight.new_empty(n, rank).normal_(std=0.1 / math.sqrt(rank)))
+        if owner not in of_input:
+            of_input[owner] = layer.weight.new_empty(k, rank).normal_(std=1 / math.sqrt(k)), layer.weight.new_empty(k).normal_(std=0.1)
+        down, shift = of_input[owner]
+        layer.set_compensation(down, layer.weight.new_empty(n, rank).normal_(std=0.1 / math.sqrt(rank)), shift)
