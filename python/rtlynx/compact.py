@@ -20,7 +20,7 @@ def compact(pipe_or_module: object) -> int:
     """Free the weights of sparse layers with ``precision="fp8"`` and keep their e4m3 copies, in place, layer by layer.
 
     The copy becomes the layer's `weight`, in the memory it has, with ``compact_scale`` beside it. Sparse products stay what they were, bit
-    for bit. Where such a layer computes densely (few tokens, `dense`, dense steps) it multiplies by what the copy stands for, so the dense
+    for bit. Where such a layer computes densely (`dense`, dense steps) it multiplies by what the copy stands for, so the dense
     model is that of rounded weights. Nothing gets the weights back: `remove`, `refresh`, `calibrate`, `search`, `evaluate`, compensation
     files, another precision or selection, and fusing adapters or projections raise from then on. Call it last, but before offloading,
     layerwise casting and ``torch.compile``.

@@ -173,7 +173,7 @@ class LayerState(nn.Linear):
 
     @torch.no_grad()
     def update_weight_fp8(self) -> None:
-        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does it for a whole model after its weights changed."""
+        """Make `weight_fp8` and `weight_scale` anew from the weight; `rtlynx.refresh` does so for a model whose weights changed."""
         made: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.compact_scale is not None:
             made = None, self.compact_scale / self._values_scale

@@ -298,7 +298,12 @@ class SparseLinear(LayerState):
         return ops.sparsify(x, *arguments)
 
     def least_tokens(self, device: torch.device) -> int:
-        """From how many tokens on this layer is faster sparse than dense on ``device``."""
+        """From how many tokens on this layer is faster sparse than dense on ``device``.
+
+        0 for a compact layer: its dense weight would first have to be made.
+        """
+        if self.is_compact:
+            return 0
         return least_tokens(device, self.out_features, self.in_features, self.rank, self.compute_dtype, self.values_dtype)
 
     def extra_repr(self) -> str:

@@ -93,11 +93,14 @@ def test_the_dense_product_is_that_of_the_rounded_weight(dtype: torch.dtype, per
         setattr(layer, switch, False)
 
 
-def test_few_tokens_run_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_tokens_run_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rtlynx.linear.least_tokens", lambda *_: 10)
-    layer = compacted(permuted=False)
-    want = F.linear(tokens(9), dequantized_weight(layer.weight, layer.compact_scale, torch.float32), layer.bias)  # type: ignore[arg-type]
-    assert torch.equal(layer(tokens(9)), want)
+    layer, dense = make(permuted=False), make(permuted=False)
+    want, x = layer(tokens(11))[:9], tokens(11)[:9]
+    assert torch.equal(layer(x), dense._dense(x))
+    rtlynx.compact(nn.Sequential(layer))
+    torch.testing.assert_close(layer(x), want)
+    assert layer.least_tokens(layer.weight.device) == 0
 
 
 def test_the_scale_of_values_can_still_change() -> None:
