@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,10 @@ def model(
     if out is None:
         return
     path = out / gpu_slug() / "model.csv"
-    command = f"rtlynx bench model --model {name} --random-weights --height {size[0]} --width {size[1]} --rank {rank} --repeats {repeats}"
+    given = {"--no-eager": not eager, "--no-compile": not compiled}
+    options = [option for option, there in given.items() if there] + [f"--mode {shlex.quote(mode)}" for mode in modes or ()]
+    of_size = f"--height {size[0]} --width {size[1]} --rank {rank} --repeats {repeats}"
+    command = " ".join((f"rtlynx bench model --model {name} --random-weights {of_size}", *options))
     machine = describe(command, commit, "medians of whole steps, modes in turns, random weights and inputs")
     write_steps(path, [*machine, *notes], rows)
     console.print(f"wrote {path}")
