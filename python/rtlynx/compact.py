@@ -20,10 +20,13 @@ def compact(pipe_or_module: object) -> int:
     """Free the weights of sparse layers with ``precision="fp8"`` and keep their e4m3 copies, in place, layer by layer.
 
     The copy becomes the layer's `weight`, in the memory it has, with ``compact_scale`` beside it. Sparse products stay what they were, bit
-    for bit. Where such a layer computes densely (`dense`, dense steps) it multiplies by what the copy stands for, so the dense
-    model is that of rounded weights. Nothing gets the weights back: `remove`, `refresh`, `calibrate`, `search`, `evaluate`, compensation
-    files, another precision or selection, and fusing adapters or projections raise from then on. Call it last, but before offloading,
-    layerwise casting and ``torch.compile``.
+    for bit. Where such a layer computes densely (`dense`, dense steps) it multiplies by what the copy stands for, so the dense model is
+    that of rounded weights. A layer with a weight that was fitted for its sparse product (``method="joint"``, ``"refit"``) gives up both, and
+    raises where it is asked for a dense product.
+
+    Nothing gets the weights back: `remove`, `refresh`, `calibrate`, `search`, `evaluate`, compensation files, another precision or
+    selection, and fusing adapters or projections raise from then on. Call it last, but before offloading, layerwise casting and
+    ``torch.compile``.
 
     A layer that has to keep its weight stays as it is; a log record (logger ``"rtlynx"``) and `rtlynx.summary` say why. A second call
     does nothing.
@@ -50,15 +53,16 @@ def compact(pipe_or_module: object) -> int:
 
 def kept_weights(root: nn.Module) -> dict[SparseLinear, str]:
     """The sparse layers of ``root`` that `compact` leaves with their weights, and why."""
-    first = _tells_dtype(root)
+    first, config = _tells_dtype(root), applied_config(root)
+    dense_steps = config is not None and bool(config.dense_first or config.dense_last)
     kept: dict[SparseLinear, str] = {}
     for layer in sparse_layers(root).values():
         if layer.is_compact:
             continue
         if layer.precision != "fp8":
             kept[layer] = f'precision="{layer.precision}"'
-        elif layer.sparse_weight is not None and not only_permuted(layer):
-            kept[layer] = "its sparse product has another weight than its dense one"
+        elif _is_fitted(layer) and (layer.dense or dense_steps):
+            kept[layer] = "it computes densely too, and its sparse product has another weight"
         elif layer.weight is first:
             kept[layer] = "diffusers reads the model's dtype from its weight"
     return kept
@@ -78,11 +82,16 @@ def _compact(root: nn.Module) -> int:
                 seen.add(gone.data_ptr())
                 freed += gone.nbytes
         del gone
-        layer.become_compact()
+        layer.become_compact(_is_fitted(layer))
         freed -= sum(scale.nbytes for scale in (layer.compact_scale, layer.compact_values_scale) if scale is not None)
         count += 1
     _tell(root, freed, count, len(layers), {name: kept[layer] for name, layer in layers.items() if layer in kept})
     return freed
+
+
+def _is_fitted(layer: SparseLinear) -> bool:
+    """Whether its sparse product has a weight of its own, which is not the dense one in another order."""
+    return layer.sparse_weight is not None and not only_permuted(layer)
 
 
 def _check_place(root: nn.Module) -> None:

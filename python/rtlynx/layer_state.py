@@ -49,6 +49,7 @@ class LayerState(nn.Linear):
     output_bias: Tensor | None
     compact_scale: Tensor | None
     compact_values_scale: Tensor | None
+    compact_fitted: Tensor | None
     branch: Branch
     selection: Selection
     norm_compensation: bool
@@ -78,6 +79,7 @@ class LayerState(nn.Linear):
         self.register_buffer("permutation", None)
         self.register_buffer("compact_scale", None)
         self.register_buffer("compact_values_scale", None)
+        self.register_buffer("compact_fitted", None)
         self._compact_dtype: torch.dtype | None = None
         self._output_bias_of: tuple[object, ...] = ()
         self.discard_prepared()
@@ -123,10 +125,13 @@ class LayerState(nn.Linear):
             check_values_scale("load_state_dict", float(loaded))
             self._values_scale = float(loaded)
 
-    def become_compact(self) -> None:
+    def become_compact(self, fitted: bool) -> None:
         """Let the e4m3 copy be the weight, in the same memory, and hold no other; `rtlynx.compact` decides for which layers that is right.
 
         A layer without the copy gets room for one, to be loaded into.
+
+        Args:
+            fitted: Whether the copy is that of a weight which was fitted for the sparse product, and says nothing of the dense one.
         """
         weight, scale = self.weight_fp8, self.weight_scale
         if weight is None or scale is None:
@@ -135,9 +140,13 @@ class LayerState(nn.Linear):
         self.weight, self.sparse_weight = nn.Parameter(weight, requires_grad=False), None
         self.register_buffer("compact_scale", scale * self._values_scale)
         self.register_buffer("compact_values_scale", scale.new_full((1,), self._values_scale))
+        self._mark_fitted(fitted)
         self._hold("weight_fp8", None)
         self.set_score(self.score)
         self.derived = None
+
+    def _mark_fitted(self, fitted: bool) -> None:
+        self.register_buffer("compact_fitted", self.weight.new_ones(1, dtype=torch.uint8) if fitted else None)
 
     def _tie(self) -> None:
         if self.input_group is not None:
@@ -369,8 +378,10 @@ class LayerState(nn.Linear):
         elif self.precision != "fp8":
             got, expected = f'a compact checkpoint for a layer with precision="{self.precision}"', 'a model applied with precision="fp8"'
         else:
+            fitted = prefix + "compact_fitted" in state_dict
             if not self.is_compact:
-                self.become_compact()
+                self.become_compact(fitted)
+            self._mark_fitted(fitted)
             return
         raise InvalidArgumentError("load_state_dict", f"{prefix}weight", got, expected)
 

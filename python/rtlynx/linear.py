@@ -62,6 +62,7 @@ class SparseLinear(LayerState):
             copy, its columns in the gathered order, `weight_fp8` and `sparse_weight` are None, and ``weight · compact_scale`` stands for
             the weight wherever the layer computes densely. Saved; so is a compact layer's `score`.
         compact_values_scale: Buffer ``(1,)`` float32 with it: `values_scale`, which then travels in the state dict.
+        compact_fitted: Buffer ``(1,)`` uint8 where what was copied is a `sparse_weight` that was fitted: there is no dense product then.
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
@@ -248,6 +249,9 @@ class SparseLinear(LayerState):
         scale, permutation = buffers["compact_scale"], buffers["permutation"]
         if scale is None:
             return F.linear(input, self.weight, self.bias)
+        if buffers["compact_fitted"] is not None:
+            got = "a dense product of a compact layer, whose weight was fitted for sparse products"
+            raise InvalidArgumentError("SparseLinear", "dense", got, "a sparse one")
         if permutation is not None:  # a compact layer's weight has its columns in the gathered order
             input = input.index_select(-1, permutation)
         return F.linear(input, dequantized_weight(self.weight, scale, input.dtype), self.bias)

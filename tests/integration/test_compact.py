@@ -82,12 +82,12 @@ def test_dense_layers_of_it_are_close_to_those_it_had() -> None:
 
 
 def test_what_keeps_its_weight_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    model = fitted(FLUX.build("cpu", F32))
+    model = fitted(FLUX.build("cpu", F32), dense_last=0.1)
     layer = model.transformer_blocks[0].attn.to_k
     layer.set_compensation(sparse_weight=torch.randn_like(layer.weight))
     assert not any(row.compact or row.not_compact for row in rtlynx.summary(model))
     rtlynx.compact(model)
-    reason = "its sparse product has another weight than its dense one"
+    reason = "it computes densely too, and its sparse product has another weight"
     rows = {row.name: row for row in rtlynx.summary(model)}
     assert rows["transformer_blocks.0.attn.to_k"].not_compact == reason and rows["transformer_blocks.0.attn.to_q"].compact
     assert f"compact: not transformer_blocks.0.attn.to_k: {reason}" in caplog.text
@@ -116,6 +116,7 @@ def test_a_score_is_kept_shared_and_saved(mixed: bool) -> None:
         for each in (model, other):
             layer = each.transformer_blocks[0].attn.to_q
             layer.set_compensation(layer.comp_down, layer.comp_up, sparse_weight=torch.ones_like(layer.weight))
+            layer.dense = True
     want = output(model, INPUTS)
     rtlynx.compact(model)
     assert torch.equal(output(model, INPUTS), want)
@@ -167,6 +168,30 @@ def test_saved_and_loaded(tmp_path: Path, dtype: torch.dtype, selection: str, fr
     again.save_pretrained(tmp_path / "again")
     twice = FluxTransformer2DModel.from_pretrained(tmp_path / "again", torch_dtype=dtype)
     assert torch.equal(output(twice, inputs), output(model, inputs))
+
+
+def test_layers_fitted_jointly_give_up_both_weights(tmp_path: Path) -> None:
+    model = rtlynx.apply(FLUX.build("cpu", F32), SparsityConfig(rank=16, precision="fp8"))
+    rtlynx.calibrate(model, run=lambda: output(model, INPUTS), method="joint", rank=16, progress=False)
+    want = output(model, INPUTS)
+    freed = rtlynx.compact(model)
+    layers = sparse_layers(model)
+    numbers = sum(layer.in_features * layer.out_features for layer in layers.values())
+    assert freed > 7.9 * numbers and all(layer.compact_fitted is not None for layer in layers.values())
+    assert torch.equal(output(model, INPUTS), want)
+    with pytest.raises(InvalidArgumentError, match=r"dense steps for the compact layer .* fitted for sparse products"):
+        rtlynx.apply(model, SparsityConfig(rank=16, precision="fp8", dense_last=0.1))
+    assert torch.equal(output(model, INPUTS), want)
+    model.save_pretrained(tmp_path)
+    again = FluxTransformer2DModel.from_pretrained(tmp_path)
+    assert all(layer.compact_fitted is not None for layer in sparse_layers(again).values())
+    assert torch.equal(output(again, INPUTS), want)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["dense_last"] = 0.1
+    path.write_text(json.dumps(config))
+    with pytest.raises(InvalidArgumentError, match="dense steps, for which"):
+        FluxTransformer2DModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"precision": "model"}, {"precision": "fp8", "skip": ("**.to_q",)}], ids=str)

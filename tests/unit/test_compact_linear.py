@@ -125,14 +125,39 @@ def test_it_is_idempotent() -> None:
 def test_only_what_is_wholly_in_the_copy_becomes_compact(caplog: pytest.LogCaptureFixture) -> None:
     own, plain = make(permuted=False), SparseLinear(K, N, config=SparsityConfig())
     own.set_compensation(sparse_weight=torch.randn(N, K))
+    own.dense = True
     model = nn.Sequential(own, plain, make())
     want = [layer(tokens(3)) for layer in model]
     with caplog.at_level("INFO", "rtlynx"):
         rtlynx.compact(model)
     assert [layer.is_compact for layer in model] == [False, False, True]
     assert all(torch.equal(layer(tokens(3)), before) for layer, before in zip(model, want, strict=True))
-    assert "compact: not 0: its sparse product has another weight" in caplog.text
+    assert "compact: not 0: it computes densely too, and its sparse product has another weight" in caplog.text
     assert 'compact: not 1: precision="model"' in caplog.text and "1 of 3 sparse layers" in caplog.text
+
+
+@torch.no_grad()
+def test_a_fitted_weight_is_one_for_sparse_products() -> None:
+    layer, bytes_before = make(permuted=False), 2 * N * K * 4
+    layer.set_compensation(torch.randn(K, RANK) / 8, torch.randn(N, RANK) / 8, sparse_weight=torch.randn(N, K))
+    want = layer(tokens(3))
+    assert rtlynx.compact(nn.Sequential(layer)) == bytes_before - 4 * (N + 1)
+    other = SparseLinear(K, N, config=SparsityConfig(precision="fp8"))
+    other.load_state_dict(layer.state_dict())
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
+        each.dense = False
+        assert each.is_compact and torch.equal(each(tokens(3)), want)
+        for switch in ("dense", "dense_step"):
+            setattr(each, switch, True)
+            with pytest.raises(InvalidArgumentError, match="fitted for sparse products"):
+                each(tokens(3))
+            setattr(each, switch, False)
+    plain = SparseLinear(K, N, config=SparsityConfig(precision="fp8"))
+    plain.set_compensation(torch.randn(K, RANK) / 8, torch.randn(N, RANK) / 8)
+    rtlynx.compact(nn.Sequential(plain))
+    other.load_state_dict(plain.state_dict())
+    other.dense = plain.dense = True
+    assert torch.equal(other(tokens(3)), plain(tokens(3)))
 
 
 def test_a_shared_parameter_is_counted_once() -> None:
@@ -144,9 +169,9 @@ def test_a_shared_parameter_is_counted_once() -> None:
 def test_no_more_than_one_layer_is_ever_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     become, weights = SparseLinear.become_compact, list[bool]()
 
-    def watched(layer: SparseLinear) -> None:
+    def watched(layer: SparseLinear, fitted: bool) -> None:
         before = weakref.ref(layer.weight)
-        become(layer)
+        become(layer, fitted)
         weights.append(before() is None)
 
     monkeypatch.setattr(SparseLinear, "become_compact", watched)

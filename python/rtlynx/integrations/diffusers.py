@@ -139,11 +139,11 @@ class RTLynxQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         apply(model, self.quantization_config.sparsity)
         layers = sparse_layers(model)
-        _check_compact({key.removesuffix(_COMPACT) for key in self._checkpoint_keys if key.endswith(_COMPACT)}, layers)
+        _check_compact(self._checkpoint_keys, layers, self.quantization_config.sparsity)
         for name, layer in layers.items():
             layer.discard_prepared()  # there is no weight yet to make it from, and nothing in the checkpoint to fill it with
             if name + _COMPACT in self._checkpoint_keys:
-                layer.become_compact()
+                layer.become_compact(f"{name}.compact_fitted" in self._checkpoint_keys)
             for tensor, shape in _shapes(layer, self.quantization_config.sparsity.rank).items():
                 if f"{name}.{tensor}" in self._checkpoint_keys and tensor != "weight":
                     _set(layer, tensor, torch.empty(shape, dtype=_BUFFERS.get(tensor, layer.compute_dtype), device="meta"))
@@ -220,6 +220,7 @@ _BUFFERS = {
     "score": torch.float32,
     "compact_scale": torch.float32,
     "compact_values_scale": torch.float32,
+    "compact_fitted": torch.uint8,
 }
 """Tensors that are buffers, with dtypes of their own."""
 
@@ -229,7 +230,7 @@ def _shapes(layer: SparseLinear, rank: int) -> dict[str, tuple[int, ...]]:
     k, n = layer.in_features, layer.out_features
     branch: dict[str, tuple[int, ...]] = {} if layer.branch == "none" else {"comp_down": (k, rank), "comp_up": (n, rank)}
     own = (
-        {"weight": (n, k), "compact_scale": (n,), "compact_values_scale": (1,), "score": (k,)}
+        {"weight": (n, k), "compact_scale": (n,), "compact_values_scale": (1,), "compact_fitted": (1,), "score": (k,)}
         if layer.is_compact
         else {"sparse_weight": (n, k)}
     )
@@ -243,16 +244,20 @@ def _set(layer: nn.Module, tensor: str, value: Tensor) -> None:
 _COMPACT = ".compact_scale"
 
 
-def _check_compact(compact: Collection[str], layers: Mapping[str, SparseLinear]) -> None:
-    """Refuse a configuration under which layers that are compact in the checkpoint would not be.
+def _check_compact(checkpoint: Collection[str], layers: Mapping[str, SparseLinear], config: SparsityConfig) -> None:
+    """Refuse a configuration under which layers that are compact in the checkpoint would not be, or have no weight for what it asks.
 
     Raises:
-        InvalidArgumentError: It would leave one dense, or multiply in another precision.
+        InvalidArgumentError: It would leave one dense, multiply in another precision, or have dense steps where its weight was fitted.
     """
-    for name in sorted(compact):
+    for name in sorted(key.removesuffix(_COMPACT) for key in checkpoint if key.endswith(_COMPACT)):
         precision = layers[name].precision if name in layers else None
+        got = None
         if precision != "fp8":
             got = f"{name} {'dense' if precision is None else f'with precision={precision!r}'}"
+        elif f"{name}.compact_fitted" in checkpoint and (config.dense_first or config.dense_last):
+            got = f"dense steps, for which {name} has no weight"
+        if got is not None:
             raise InvalidArgumentError("RTLynxConfig", "sparsity", got, "the checkpoint's own configuration: that layer is compact there")
 
 
