@@ -21,8 +21,8 @@ def compact(pipe_or_module: object) -> int:
 
     The copy becomes the layer's `weight`, in the memory it has, with ``compact_scale`` beside it. Sparse products stay what they were, bit
     for bit. Where such a layer computes densely (`dense`, dense steps) it multiplies by what the copy stands for, so the dense model is
-    that of rounded weights. A layer with a weight that was fitted for its sparse product (``method="joint"``, ``"refit"``) gives up both, and
-    raises where it is asked for a dense product.
+    that of rounded weights. A layer with a weight that was fitted for its sparse product (``method="joint"``, ``"refit"``) gives up both,
+    and raises where it is asked for a dense product.
 
     Nothing gets the weights back: `remove`, `refresh`, `calibrate`, `search`, `evaluate`, compensation files, another precision or
     selection, and fusing adapters or projections raise from then on. Call it last, but before offloading, layerwise casting and
