@@ -26,10 +26,16 @@ def parse(description: str, model: str, *, steps: int, out: str) -> argparse.Nam
     parser.add_argument("--dense", action="store_true", help="leave the model dense, to compare")
     parser.add_argument("--compensation", type=Path, help="file to load, or to write if it does not exist and --calibrate is given")
     parser.add_argument("--calibrate", type=Path, metavar="PROMPTS", help="text file, a prompt a line: fit the compensation to these")
+    parser.add_argument("--method", default="split", help="of calibration; joint loses less and takes a second weight per layer")
+    parser.add_argument("--fp8", action="store_true", help="multiply in 8 bits, on an H100 or H200")
+    parser.add_argument("--compact", action="store_true", help="with --fp8: keep only the 8-bit weights")
     parser.add_argument("--skip", nargs="*", default=[], metavar="PATTERN", help="layers to leave dense, e.g. '**.to_out.0'")
     parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
     parser.add_argument("--offload", action="store_true", help="keep in GPU memory only the part of the pipeline that runs")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.compact and not options.fp8:
+        parser.error("--compact needs --fp8")
+    return options
 
 
 def prepare(pipe: Any, options: argparse.Namespace, **calibration: Any) -> Any:
@@ -37,7 +43,7 @@ def prepare(pipe: Any, options: argparse.Namespace, **calibration: Any) -> Any:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     load = options.compensation is not None and options.compensation.exists()
     if not options.dense:
-        rtlynx.apply(pipe, rtlynx.SparsityConfig(skip=tuple(options.skip)))
+        rtlynx.apply(pipe, rtlynx.SparsityConfig(skip=tuple(options.skip), precision="fp8" if options.fp8 else "model"))
         if load:
             rtlynx.load_compensation(pipe, options.compensation)
     if options.offload:
@@ -46,7 +52,10 @@ def prepare(pipe: Any, options: argparse.Namespace, **calibration: Any) -> Any:
         pipe.to("cuda")
     if options.calibrate is not None and not options.dense and not load:
         prompts = [line.strip() for line in options.calibrate.read_text().splitlines() if line.strip()]
-        rtlynx.calibrate(pipe, prompts, output=options.compensation, num_inference_steps=options.steps, **calibration)
+        fit = {"method": options.method, "output": options.compensation, "num_inference_steps": options.steps, **calibration}
+        rtlynx.calibrate(pipe, prompts, **fit)
+    if options.compact and not options.dense:
+        rtlynx.compact(pipe)
     if options.compile:
         for name in ("transformer", "transformer_2"):
             if getattr(pipe, name, None) is not None:

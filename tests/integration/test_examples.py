@@ -95,3 +95,17 @@ def test_calibrates_once_and_loads_the_next_time(name: str, monkeypatch: pytest.
 def test_dense_is_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pipe = run("flux", monkeypatch, "--dense", "--out", str(tmp_path / "out.png"))
     assert not any(isinstance(m, SparseLinear) for m in pipe.transformer.modules())
+
+
+@pytest.mark.parametrize("method", ["split", "joint"])
+def test_compact_in_8_bits(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "fitted.safetensors"
+    prompts.write_text("one\n")
+    options = ("--fp8", "--compact", "--method", method, "--compensation", str(file), "--calibrate", str(prompts))
+    for _ in range(2):  # fits, then loads
+        pipe = run("flux", monkeypatch, *options, "--out", str(tmp_path / "out.png"))
+        layers = [m for m in pipe.transformer.modules() if isinstance(m, SparseLinear)]
+        assert layers and all(layer.is_compact and layer.rank == 64 for layer in layers)
+        assert all((layer.compact_fitted is not None) == (method == "joint") for layer in layers)
+    with pytest.raises(SystemExit):
+        run("flux", monkeypatch, "--compact")
