@@ -115,6 +115,15 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def oldest(session: nox.Session) -> None:
+    """The Python tests that need no GPU, with the oldest torch that pyproject.toml allows, in an environment of its own."""
+    dependencies: list[str] = nox.project.load_toml("pyproject.toml")["project"]["dependencies"]
+    (torch,) = (requirement for requirement in dependencies if requirement.startswith("torch>="))
+    session.install(f"{torch.replace('>=', '==')}.*", ".[test]", env={"RTLYNX_NO_DEVICE_CODE": "1"})
+    session.run("pytest", "tests/unit", "tests/integration", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """The sdist, and the wheel made from it, in dist/; the wheel is then installed and used in an environment of its own."""
     session.install("build", "twine")
