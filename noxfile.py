@@ -62,8 +62,8 @@ def sanitize(session: nox.Session) -> None:
 
     Most runs look at this project's kernels only. Reads of memory never written are found only where every kernel's writes are seen, so
     there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In one test
-    races are looked for in all kernels: racecheck ends cuBLAS's, which the gradients of fused_linear need, with an illegal access where
-    it is told to leave them out. The tool's backtraces of the host keep Python's frames alive, and with them every tensor they name.
+    races are looked for in all kernels: racecheck ends torch's bf16 products, which the gradients of fused_linear need, with an illegal
+    access where it is told to leave them out. With backtraces of the host tensors stay alive, until no other run fits on the GPU.
     Full-size layers are left out of all: under the sanitizer they would take hours. Some runs go side by side, since each waits for its
     host most of the time. Their output is in .nox/sanitize.
     """

@@ -1,4 +1,4 @@
-"""Shared by all tests; being here also makes `tests/tiny_models.py` importable from every folder below."""
+"""Shared by all tests; being here also makes `tests/tiny_models.py` and `tests/fused_models.py` importable from every folder below."""
 
 import torch
 

@@ -8,13 +8,11 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import accelerate
 import pytest
 import torch
-from diffusers.models import normalization
 from diffusers.models.attention import FeedForward
 from diffusers.models.transformers import transformer_chroma, transformer_flux, transformer_flux2
 from peft import LoraConfig
@@ -22,12 +20,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rtlynx
-from rtlynx import RTLynxConfig, SparseLinear, SparsityConfig, ops
-from rtlynx.fusions import fused_layers, fusion, install_fusions, known, norms
-from tiny_models import NEIGHBOURS, TINY, output, relative_error
+from fused_models import ALL, F32, layers, sparse, unfused
+from rtlynx import RTLynxConfig, SparsityConfig, ops
+from rtlynx.fusions import fused_layers, fusion, install_fusions, known
+from tiny_models import output, relative_error
 
-F32 = torch.float32
-ALL = {**TINY, **NEIGHBOURS}
 families = pytest.mark.parametrize("family", ALL)
 
 FUSED = {
@@ -42,30 +39,6 @@ FUSED = {
     "ltx": (("gelu_tanh", False), 2),
 }
 """Family → (activation, whether channels come before), and how many layers take that in."""
-
-
-def sparse(family: str, dtype: torch.dtype = F32, **config: Any) -> tuple[Any, dict[str, Any]]:
-    """A small model with a branch in every layer, and its inputs."""
-    tiny = ALL[family]
-    model = rtlynx.apply(tiny.build("cpu", dtype), SparsityConfig(rank=16, **config))
-    rng = torch.Generator()
-    for layer in layers(model):
-        rng.manual_seed(layer.in_features)
-        down, up = (torch.randn(n, 16, generator=rng) / 30 for n in (layer.in_features, layer.out_features))
-        layer.set_compensation(down, up, torch.randn(layer.in_features, generator=rng) / 10)
-    return model, tiny.inputs("cpu", dtype)
-
-
-def layers(root: nn.Module) -> list[SparseLinear]:
-    return [module for module in root.modules() if isinstance(module, SparseLinear)]
-
-
-def unfused(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """What the model gives without fusions, which it has again afterwards."""
-    install_fusions(model, False)
-    result = output(model, inputs)
-    install_fusions(model)
-    return result
 
 
 @pytest.fixture
@@ -324,77 +297,6 @@ def test_another_forward_in_diffusers_is_left_alone(change: str, monkeypatch: py
     known.fused_class.cache_clear()
     assert type(model.single_transformer_blocks[0]) is block and type(model.transformer_blocks[0].ff) is not FeedForward
     assert f"FluxSingleTransformerBlock stays as it is: its forward {'takes' if change == 'parameter' else 'uses norm_of'}" in caplog.text
-
-
-# ---- norms ------------------------------------------------------------------------------------------------------------------------------
-
-NORMS = {"flux": {"AdaLayerNormZero", "AdaLayerNormZeroSingle"}, "z_image": {"RMSNorm"}, "qwen_image": {"RMSNorm"}}
-"""Family → which norms it has."""
-
-
-@pytest.fixture
-def norm_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As on a GPU; which of torch's norms ran with a weight."""
-    ran: list[str] = []
-
-    def watched(name: str) -> Callable[..., Tensor]:
-        original = getattr(nn.functional, name)
-
-        def call(x: Tensor, shape: Any, weight: Tensor | None = None, *args: Any) -> Tensor:
-            if weight is not None:
-                ran.append(name)
-            return original(x, shape, weight, *args)  # type: ignore[no-any-return]
-
-        return call
-
-    monkeypatch.setattr(norms, "one_kernel", lambda x: True)
-    monkeypatch.setattr(norms, "F", SimpleNamespace(**{name: watched(name) for name in ("rms_norm", "layer_norm")}))
-    return ran
-
-
-@pytest.mark.parametrize("family", NORMS)
-def test_norms_are_one_kernel(family: str, norm_kernels: list[str]) -> None:
-    model, inputs = sparse(family)
-    if family == "flux":
-        inputs = {name: value[:1] if isinstance(value, Tensor) and len(value) == 2 else value for name, value in inputs.items()}
-    got, ran = output(model, inputs), list(norm_kernels)
-    assert {type(module).__name__ for module in model.modules() if type(module).__module__ == norms.__name__} == set(NORMS[family])
-    assert ran.count("layer_norm") == (2 + 2 if family == "flux" else 0) and (ran.count("rms_norm") > 0) == (family != "flux")
-    assert relative_error(got, unfused(model, inputs)) < 1e-5
-    assert norm_kernels == ran  # none of them unfused
-    rtlynx.remove(model)
-    assert not any(type(module).__module__.startswith("rtlynx.fusions") for module in model.modules())
-
-
-def test_several_samples_are_modulated_as_before(norm_kernels: list[str]) -> None:
-    block = known.fused_class(normalization.AdaLayerNormZeroSingle)(64)  # type: ignore[misc]
-    x, emb = torch.randn(2, 5, 64), torch.randn(2, 64)
-    both = block(x, emb)
-    assert not norm_kernels
-    for i in range(2):
-        for got, want in zip(block(x[i : i + 1], emb[i : i + 1]), both, strict=True):
-            torch.testing.assert_close(got, want[i : i + 1])
-    assert norm_kernels == ["layer_norm"] * 2
-
-
-@pytest.mark.parametrize("change", ["bias", "dtype", "no weight"])
-def test_other_rms_norms_are_as_before(change: str, norm_kernels: list[str]) -> None:
-    norm = known.fused_class(normalization.RMSNorm)(64, 1e-6, elementwise_affine=change != "no weight", bias=change == "bias")  # type: ignore[misc]
-    x = torch.randn(3, 64)
-    if change == "dtype":
-        norm.weight.data = norm.weight.data.bfloat16()
-    assert torch.equal(norm(x), normalization.RMSNorm.forward(norm, x)) and not norm_kernels
-
-
-def test_a_norm_that_is_rounded_once_is_no_less_exact(norm_kernels: list[str]) -> None:
-    torch.manual_seed(0)
-    norm = known.fused_class(normalization.RMSNorm)(256, 1e-6).bfloat16()  # type: ignore[misc]
-    norm.weight.data = torch.randn(256).bfloat16()
-    x = torch.randn(64, 256).bfloat16()
-    wide = x.double()
-    want = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * norm.weight.double()
-    got, before = norm(x).double(), normalization.RMSNorm.forward(norm, x).double()
-    assert norm_kernels == ["rms_norm"] and (got - want).norm() < (before - want).norm()
 
 
 # ---- what users do with the model -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What stands before a sparse layer (an activation, a concatenation) goes into its selection: one file for each kind of block.
+"""What stands before a sparse layer (an activation, a concatenation) goes into its selection: one file for each kind of block; and `norms`.
 
 A block that is known here gets a subclass of its own class, with a forward that hands the layer what comes before the activation. With
 every call it asks whether that is what the original forward would do (`fusion.plain`), and otherwise calls that one. Parameters, names and
