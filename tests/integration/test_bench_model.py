@@ -13,6 +13,7 @@ import torch
 import rtlynx
 from rtlynx import SparseLinear
 from rtlynx.bench.breakdown import kind, milliseconds_by_kind
+from rtlynx.bench.calibration import measure_calibration
 from rtlynx.bench.models import MODELS, BenchModel
 from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.bench.step import StepTimes, measure_step
@@ -182,3 +183,11 @@ def test_the_picture(tmp_path: Path) -> None:
     write_steps(tmp_path / "model.csv", [], rows)
     first = save_picture(tmp_path / "model.csv").read_text()
     assert save_picture(tmp_path / "model.csv").read_text() == first
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calibration_of_every_model(name: str) -> None:
+    times = measure_calibration(small(name), CPU, rank=16, prompts=2, steps=2, progress=False)
+    assert (times.model, times.method, times.selection, times.rank) == (name, "split", "shift", 16)
+    assert times.layers > 0 and times.passes == 1 and times.peak_gb == 0
+    assert times.total_s > times.model_s > 0 and times.solving_s == pytest.approx(times.total_s - times.model_s)

@@ -10,11 +10,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from rtlynx.bench.activation import ActivationTimes
+from rtlynx.bench.calibration import CalibrationTimes
 from rtlynx.bench.energy import Energy
 from rtlynx.bench.layer import LayerTimes
 from rtlynx.io import atomic_path
 
-Row = LayerTimes | Energy | ActivationTimes
+Row = LayerTimes | Energy | ActivationTimes | CalibrationTimes
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Row], kind: type[Row] = LayerTimes) -> None:

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from rtlynx.cli.bench_calibrate import calibrate
 from rtlynx.cli.bench_model import model
 
 app = typer.Typer(help="Measure the kernels on this machine's GPU.", no_args_is_help=True)
 app.command("model")(model)
+app.command("calibrate")(calibrate)
 
 
 class ShapeSet(str, Enum):
