@@ -174,6 +174,12 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     assert table[0]["velocity_rel_err"] == "0" and table[0]["psnr_db"] == "" and float(table[4]["psnr_db"]) > 0
     intervals = list(csv.DictReader((tmp_path / "quality_intervals.csv").read_text().splitlines()[2:]))
     assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
+    paired = list(csv.DictReader((tmp_path / "quality_paired.csv").read_text().splitlines()[2:]))
+    found = {(row["method"], row["figure"]): row for row in paired if row["against"] == "split/shift/8" and row["rank"] != "16"}
+    assert float(found["naive", "velocity_rel_err"]["low"]) > 0 and float(found["naive", "psnr_db"]["high"]) < 0
+    gained = measured["naive"]["velocity_rel_err"][0] - measured["split"]["velocity_rel_err"][0]  # type: ignore[index]
+    assert float(found["naive", "velocity_rel_err"]["value"]) == pytest.approx(gained, rel=1e-3)
+    assert ("dense", "psnr_db") not in found and ("fewer", "velocity_rel_err") not in found and ("fewer", "frechet") in found
     layers = list(csv.DictReader((tmp_path / "quality_layers.csv").read_text().splitlines()[2:]))
     assert {row["layer"] for row in layers} >= {"transformer_blocks.*.attn.to_q", "single_transformer_blocks.*.proj_out"}
     assert Results(tmp_path, "tiny", {"prompts": 3}).rows.keys() == results.rows.keys()
@@ -187,7 +193,8 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
         assert CliRunner().invoke(app, ["bench", "quality-docs", str(tmp_path), "--page", str(page)]).exit_code == 0
         text = page.read_text()
         assert "old" not in text and text.endswith(f"{END}\nThe end.\n") and "- gpu: none" in text
-        assert text.count("\n| naive | magnitude | 0 |") == 2 and "| 3.00 |" in text  # figures, and layers
+        assert text.count("\n| naive | magnitude | 0 |") == 3 and "| 3.00 |" in text  # figures, differences, layers
+        assert "\n| naive | magnitude | 0 | **+" in text
     other = tmp_path / "another-gpu"
     Results(other, "tiny", {"prompts": 3}).add("naive", {**with_time, "frechet_minus_dense": (12.34, -1.0, 25.0)}, ["gpu: another"])
     assert CliRunner().invoke(app, ["bench", "quality-docs", str(tmp_path), str(other), "--page", str(page)]).exit_code == 0

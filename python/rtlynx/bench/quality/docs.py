@@ -14,13 +14,15 @@ from rtlynx.report import write_text
 BEGIN, END = "<!-- begin: generated -->", "<!-- end: generated -->"
 Row = dict[str, str]
 _KEY = ("model", "method", "selection", "rank")
+_DEFAULT = "split/shift"
+"""Method and selection of the default, which the table of paired differences is about."""
 
 
 def write_docs(folders: Sequence[Path], page: Path) -> list[Path]:
     """Put tables of all models in ``folders`` into ``page``, and pictures into ``images`` beside it.
 
     Args:
-        folders: Each with quality.csv, quality_intervals.csv and quality_layers.csv; one per device.
+        folders: Each with quality.csv, quality_intervals.csv, quality_layers.csv and perhaps quality_paired.csv; one per device.
         page: A Markdown file with the two marks.
 
     Returns:
@@ -37,6 +39,7 @@ def write_docs(folders: Sequence[Path], page: Path) -> list[Path]:
         header, rows = read(folder / "quality.csv")
         _, intervals = read(folder / "quality_intervals.csv")
         _, layers = read(folder / "quality_layers.csv")
+        paired = read(path)[1] if (path := folder / "quality_paired.csv").is_file() else []
         for model in dict.fromkeys(row["model"] for row in rows):
             mine = [row for row in rows if row["model"] == model]
             title = f"{model}, {folder.name}"
@@ -46,6 +49,9 @@ def write_docs(folders: Sequence[Path], page: Path) -> list[Path]:
             if _draw(mine, picture, title):
                 written.append(picture)
                 parts.append(f"![Error of the velocity against the time of the layers](images/{picture.name})\n")
+            mine = [row for row in paired if row["model"] == model and row["against"].startswith(f"{_DEFAULT}/")]
+            if mine:
+                parts.append(f"Over split with shift of the same rank, prompt by prompt:\n\n{_paired_table(mine)}")
             by_layer = _layer_table([row for row in layers if row["model"] == model])
             parts.append(f"Error of the layers' outputs on held-out tokens, in %:\n\n{by_layer}")
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
@@ -107,6 +113,23 @@ def _main_table(rows: Sequence[Row], intervals: Sequence[Row]) -> str:
             figures += [f"{scale * float(row[figure]):.{digits}f}", over_dense(row, figure, scale, digits)]
         lines.append(f"| {row['method']} | {row['selection'] or '–'} | {row['rank']} | {' | '.join(figures)} | {time(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _paired_table(lines: Sequence[Row]) -> str:
+    """Differences that contain zero are differences these prompts cannot show; the others are set in bold."""
+    figures = {"velocity_rel_err": (100, 2), "psnr_db": (1, 2), "frechet": (1, 1), "attribute_accuracy": (100, 2)}
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for line in lines:
+        scale, digits = figures[line["figure"]]
+        low, high = float(line["low"]), float(line["high"])
+        value = f"{scale * float(line['value']):+.{digits}f}"
+        shown = f"**{value}**" if low > 0 or high < 0 else value
+        found.setdefault(_key(line), {})[line["figure"]] = f"{shown} ({_span((low, high), scale, digits)})"
+    table = ["| method | selection | rank | velocity error, points | PSNR, dB | Fréchet distance | attributes, points |"]
+    table.append("|---|---|--:|--:|--:|--:|--:|")
+    for (_, method, selection, rank), cells in found.items():
+        table.append(f"| {method} | {selection or '–'} | {rank} | {' | '.join(cells.get(figure, '–') for figure in figures)} |")
+    return "\n".join(table) + "\n"
 
 
 def _span(span: Sequence[float], scale: float, digits: int) -> str:

@@ -1,9 +1,10 @@
-"""Where rows are kept: ``quality-<model>.json`` with everything, as they come, and from all of these quality.csv and two more tables."""
+"""Where rows are kept: ``quality-<model>.json`` with everything, as they come, and from all of these quality.csv and three more tables."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.evaluate.bootstrap import interval_of
 from rtlynx.report import write_json, write_text
 
 COLUMNS = ("model", "method", "selection", "rank", "velocity_rel_err", "psnr_db", "frechet", "attribute_accuracy", "layer_ms")
@@ -24,6 +26,9 @@ _WITH_INTERVALS = (
     "attribute_accuracy",
     "attribute_accuracy_minus_dense",
 )
+
+_AGAINST = (("paper_trained", "magnitude"), ("split", "shift"), ("joint", "shift"))
+"""Method and selection of the rows that all others are compared with, prompt by prompt: the paper's form, and the two tiers."""
 
 
 class Results:
@@ -80,13 +85,17 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def write_tables(folder: Path) -> list[Path]:
-    """Make quality.csv, quality_intervals.csv and quality_layers.csv from the JSON files of all models in a folder."""
+    """Make quality.csv, quality_intervals.csv, quality_paired.csv and quality_layers.csv from the JSON files of all models in a folder."""
     stored = [json.loads(path.read_text()) for path in sorted(folder.glob("quality-*.json"))]
     header = [f"# {line}\n" for file in stored for line in [f"model: {_model(file)}", *file["header"]]]
     rows = [row for file in stored for row in sorted(file["rows"].values(), key=_place)]
     tables = {
         "quality.csv": (COLUMNS, [{key: _value(row[key]) for key in COLUMNS} for row in rows]),
         "quality_intervals.csv": (("model", "method", "selection", "rank", "figure", "value", "low", "high"), _intervals(rows)),
+        "quality_paired.csv": (
+            (*COLUMNS[:4], "against", "figure", "value", "low", "high"),
+            [line for file in stored for line in _paired(file)],
+        ),
         "quality_layers.csv": (("model", "method", "selection", "rank", "layer", "rel_err"), _layers(rows)),
     }
     for name, (columns, lines) in tables.items():
@@ -130,6 +139,31 @@ def _intervals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for figure in _WITH_INTERVALS
         if row[figure] is not None
     ]
+
+
+def _paired(file: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How much larger a figure is than in another row over the same prompts, with the interval of the difference.
+
+    The other row has the same rank where there is such a row; else it is the first that was measured, which has the bench's rank.
+    """
+    rows = file["rows"].values()
+    lines = []
+    for row, (method, selection) in itertools.product(rows, _AGAINST):
+        others = [other for other in rows if (other["method"], other["selection"]) == (method, selection)]
+        other = next((other for other in others if other["rank"] == row["rank"]), others[0] if others else None)
+        if other is None or other is row:
+            continue
+        mine, theirs = row.get("replicates", {}), other.get("replicates", {})
+        for figure in mine.keys() & theirs.keys():
+            differences = [a - b for a, b in zip(mine[figure], theirs[figure], strict=True)]
+            if all(map(math.isfinite, differences)):
+                value, low, high = interval_of(differences)
+                key = {name: row[name] for name in COLUMNS[:4]}
+                against = f"{method}/{selection}/{other['rank']}"
+                lines.append({**key, "against": against, "figure": figure, "value": value, "low": low, "high": high})
+    return sorted(
+        lines, key=lambda line: (_SELECTIONS.index(line["selection"]), line["method"], line["rank"], line["against"], line["figure"])
+    )
 
 
 def _layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

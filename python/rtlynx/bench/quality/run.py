@@ -32,7 +32,7 @@ from rtlynx.demo.pipeline import ScenesPipeline
 from rtlynx.demo.scenes import random_scenes
 from rtlynx.dense_steps import install_dense_steps, is_dense
 from rtlynx.eligibility import sparse_layers
-from rtlynx.evaluate.bootstrap import Interval, interval, interval_of, mean_interval, values_of
+from rtlynx.evaluate.bootstrap import interval, interval_of, values_of
 from rtlynx.evaluate.likeness import psnr_db
 from rtlynx.evaluate.trajectory import Trajectory, VelocityErrors
 from rtlynx.patterns import first_match
@@ -108,17 +108,23 @@ class QualityBench:
         if row.method == "dense":
             self._pictures, self._verdict, self._dense_frechet = pictures, verdict, frechet
         assert self._pictures is not None and self._verdict is not None, "the dense row comes first"
+        psnr = None if row.method == "dense" else psnr_db(pictures, self._pictures).double()
+        figures = {  # by prompts drawn
+            "velocity_rel_err": None if errors is None else errors.relative,
+            "psnr_db": None if psnr is None else lambda chosen: float(psnr[chosen].mean()),
+            "attribute_accuracy": lambda chosen: float(verdict.right[chosen].sum() / verdict.asked[chosen].sum()),
+        }
+        values = {name: values_of(figure, len(pictures)) for name, figure in figures.items() if figure is not None}
         return {
             "method": row.method,
             "selection": row.selection,
             "rank": row.rank,
-            "velocity_rel_err": None if errors is None else interval(errors.relative, len(pictures)),
+            **{name: interval_of(values[name]) if name in values else None for name in figures},
             "velocity_by_step": None if errors is None else dict(zip(errors.steps, errors.by_step(), strict=True)),
-            "psnr_db": None if row.method == "dense" else mean_interval(psnr_db(pictures, self._pictures)),
             "frechet": interval_of(frechet),
             "frechet_minus_dense": interval_of([own - dense for own, dense in zip(frechet, self._dense_frechet, strict=True)]),
-            "attribute_accuracy": self._accuracy(verdict),
-            "attribute_accuracy_minus_dense": self._accuracy(verdict, self._verdict),
+            "attribute_accuracy_minus_dense": interval(self._accuracy_gained(verdict), len(pictures)),
+            "replicates": {name: _replicates(each) for name, each in {**values, "frechet": frechet}.items()},
             "layer_ms": ms,
             "layer_rel_err": layer_error,
             "fit_seconds": round(fitted, 2),
@@ -259,9 +265,11 @@ class QualityBench:
                     found[name] = float((got - want).norm() / want.norm())
         return found
 
-    def _accuracy(self, verdict: Verdict, minus: Verdict | None = None) -> Interval:
-        right = verdict.right - (0 if minus is None else minus.right)
-        return interval(lambda chosen: float(right[chosen].sum() / verdict.asked[chosen].sum()), len(right))
+    def _accuracy_gained(self, verdict: Verdict) -> Callable[[Tensor], float]:
+        """Over the dense model, by prompts drawn."""
+        assert self._verdict is not None
+        gained = verdict.right - self._verdict.right
+        return lambda chosen: float(gained[chosen].sum() / verdict.asked[chosen].sum())
 
     def _gather(self, prompts: list[str], tokens_per_channel: float, seed: int) -> list[LayerInput]:
         settings, device = self.settings, next(iter(self.layers.values())).weight.device
@@ -270,6 +278,11 @@ class QualityBench:
         budget = Budget(tokens_per_channel, available_memory(device), device)
         with all_dense(self.layers), tqdm(total=len(runs), desc="dense runs", unit="run", disable=not self.progress, leave=False) as bar:
             return list(collect(self.layers, runs, budget, seed=settings.seed + seed, bar=bar, timed=[self.pipe.transformer]))
+
+
+def _replicates(values: list[float]) -> list[float]:
+    """A figure and its first resamples, which are the same prompts in all rows: what differences between two rows are made of."""
+    return [float(f"{value:.6g}") for value in values[: 1 + _FRECHET_RESAMPLES]]
 
 
 def _config(row: Row) -> SparsityConfig:
