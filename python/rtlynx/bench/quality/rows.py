@@ -88,7 +88,7 @@ def rows(rank: int, ranks: tuple[int, ...], recipes: Iterable[Row] = ()) -> list
 
 
 _CORE = ("norm", "paper", "split", "refit", "joint")
-_SKIPS = ("norm_skip", "paper_trained_skip", "split_skip")
+_SKIPS = ("norm_skip", "paper_trained_skip", "split_skip", "split_skip_fp8")
 
 
 def _stage(row: Row, rank: int) -> int:
@@ -132,6 +132,8 @@ def _all(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     largest = Fit("split", rank + -rank % RANK_MULTIPLE, SHIFT)  # configurations know no other ranks
     yield Row("searched", largest, search="time")
     yield Row("searched_work", largest, search="work")
+    yield Row("searched_fp8", largest, search="time", precision="fp8")
+    yield Row("split_skip_fp8", largest, skip=True, precision="fp8")
     for options in (NONE, SHIFT, BOTH):
         yield Row("norm", Fit("plain", 0, options), score="weight")
         yield Row("split", Fit("split", rank, options), score="weight")

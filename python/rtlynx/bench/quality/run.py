@@ -84,7 +84,7 @@ class QualityBench:
         self.inputs = self._gather(calibration, 4, 0)
         self.held_out = self._gather(held_out, _HELD_OUT_TOKENS_PER_CHANNEL, 1_000_003)
         self._held_out_prompts = held_out
-        self._searcher: Searcher | None = None
+        self._searchers: dict[str, Searcher] = {}  # by the precision of the products
         self._found: Found | None = None
         self._cache: Cache = {}
         self._cached: tuple[object, ...] = ()
@@ -180,14 +180,14 @@ class QualityBench:
 
     def _search(self, row: Row) -> Found:
         assert row.fit is not None and row.search is not None
-        if self._searcher is None:
+        if row.precision not in self._searchers:
             texts, settings, model = self._held_out_prompts, self.settings, self.pipe.transformer
             options = {"num_inference_steps": settings.calibration_steps}
             runs = pipeline_runs("bench quality", self.pipe, texts, None, settings.seed + 2_000_003, len(texts), options)
             scale = settings.batch / len(texts)
             config = replace(_config(row), rank=row.rank)
-            self._searcher = Searcher(model, self.layers, self.inputs, row.fit, config, runs, scale, self.progress)
-        return self._searcher.find(row.search)
+            self._searchers[row.precision] = Searcher(model, self.layers, self.inputs, row.fit, config, runs, scale, self.progress)
+        return self._searchers[row.precision].find(row.search)
 
     @contextmanager
     def _other_precision(self) -> Iterator[None]:
