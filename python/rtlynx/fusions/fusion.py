@@ -39,6 +39,18 @@ def eager(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
+def add_gated(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """``residual + gate * update``: eager in one pass, rounded once.
+
+    Args:
+        residual: ``(B, S, C)``.
+        gate: ``(B, C)``, of the same dtype as the others.
+        update: ``(B, S, C)``.
+    """
+    gate = gate.unsqueeze(1)
+    return torch.addcmul(residual, gate, update) if eager(residual) else residual + gate * update
+
+
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module does what `kind` does and nothing else.
 
