@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 import rtlynx
 from fused_models import ALL, F32, layers, sparse
 from rtlynx import SparsityConfig
-from rtlynx.fusions import flux_attention, fusion, install_fusions, known, rotary
+from rtlynx.fusions import flux_attention, fusion, install_fusions, known, rotary, single_stream
 from tiny_models import output, relative_error
 
 BLOCKS = 1 + 2  # double-stream and single-stream
@@ -178,6 +178,39 @@ def test_float16_is_clipped_where_diffusers_clips(rotations: list[int]) -> None:
     with torch.no_grad():
         got, _ = block(x, text, temb, tuple(embedding(83, 32)))
     assert len(rotations) == 2 and got.isfinite().all() and (got == 65504).any()
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_what_lies_together_is_not_copied(samples: int, rotations: list[int]) -> None:
+    whole = torch.randn(samples, 11, 64)
+    text, image = whole[:, :3], whole[:, 3:]
+    others = [(image, text), (text, image.clone()), (text, whole[:, 4:]), (text.clone(), image), (text, whole[:, 3:].half())]
+    others += [(whole[:, :3, :32], whole[:, 3:, 32:]), (text, whole.repeat(1, 1, 2)[:, 3:, :64])]
+    with torch.no_grad():
+        got = single_stream.joined(text, image)
+        assert got.data_ptr() == whole.data_ptr() and torch.equal(got, whole)
+        for first, second in others:
+            got = single_stream.joined(first, second)
+            assert torch.equal(got, torch.cat([first, second], 1)) and got.data_ptr() != first.data_ptr()
+    assert single_stream.joined(text, image).data_ptr() != whole.data_ptr()  # with gradients
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_single_stream_blocks_hand_on_what_lies_together(mode: Any, rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse("flux")
+    copies: list[bool] = []
+    adjacent = single_stream._adjacent
+
+    def watching(first: Tensor, second: Tensor) -> bool:
+        copies.append(not adjacent(first, second))
+        return not copies[-1]
+
+    monkeypatch.setattr(single_stream, "_adjacent", watching)
+    with mode():
+        model(**inputs)
+        assert copies == [True, False]  # the double-stream blocks' are apart
+        model(**inputs, controlnet_single_block_samples=[torch.randn(2, 64, 128)])
+    assert copies == [True, False, True, True]
 
 
 @pytest.mark.parametrize("mask", [False, True])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
 from rtlynx.fusions import norms
 from rtlynx.fusions.fusion import Fusion, add_gated
 from rtlynx.fusions.known import known_to_hooks
-from rtlynx.fusions.single_stream import clipped, fusion_of
+from rtlynx.fusions.single_stream import clipped, fusion_of, joined
 
 _forward = transformer_flux.FluxSingleTransformerBlock.forward  # of the class itself torch.compile would not trace it
 _double = transformer_flux.FluxTransformerBlock.forward
@@ -42,7 +41,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
-        both = torch.cat([encoder_hidden_states, hidden_states], 1)
+        both = joined(encoder_hidden_states, hidden_states)
         normed, gate = self.norm(both, emb=temb)
         mlp = self.proj_mlp(normed)
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
