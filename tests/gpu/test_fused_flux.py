@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import rtlynx
 from rtlynx import SparseLinear
-from rtlynx.fusions import flux_attention, fusion, norms, rotary
-from tiny_models import TINY, output, relative_error
+from rtlynx.fusions import fusion, norms, rotary
+from tiny_models import NEIGHBOURS, TINY, output, relative_error
 
 DTYPES = [torch.bfloat16, torch.float16]
 FLUX = TINY["flux"]
@@ -33,7 +33,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, watching)
 
-    watch(flux_attention, "rotated")
+    watch(rotary, "rotated")
     watch(norms, "_modulated")
     watch(torch, "addcmul")
     return seen
@@ -97,6 +97,20 @@ def test_the_same_results(dtype: torch.dtype, samples: int, projections: str, ta
     want = output(model, inputs)
     assert not taken
     assert relative_error(got, want) < 1e-2  # roundings of the model's dtype
+
+
+def test_the_same_results_of_flux2(taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = NEIGHBOURS["flux2"]
+    model: Any = rtlynx.apply(tiny.build("cuda", torch.bfloat16), rtlynx.SparsityConfig(small_m="sparse"))
+    inputs = tiny.inputs("cuda", torch.bfloat16)
+    assert output(model, inputs).isfinite().all()
+    assert len(taken) == 2 * (len(model.transformer_blocks) + len(model.single_transformer_blocks))
+    set_dense(model, True)
+    taken.clear()
+    got = output(model, inputs)
+    assert len(taken) == 2 * len(model.transformer_blocks)  # dense single-stream blocks are diffusers' own
+    monkeypatch.setattr(fusion, "eager", lambda x: False)
+    assert relative_error(got, output(model, inputs)) < 1e-2
 
 
 def test_compiled_blocks_merge_these_passes_themselves(taken: list[str]) -> None:

@@ -38,7 +38,7 @@ def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return rotated(parts, rotation)
 
     monkeypatch.setattr(fusion, "eager", lambda x: not torch.compiler.is_compiling())
-    monkeypatch.setattr(flux_attention, "rotated", watching)
+    monkeypatch.setattr(rotary, "rotated", watching)
     return seen
 
 
@@ -180,6 +180,26 @@ def test_float16_is_clipped_where_diffusers_clips(rotations: list[int]) -> None:
     assert len(rotations) == 2 and got.isfinite().all() and (got == 65504).any()
 
 
+@pytest.mark.parametrize("projections", ["apart", "fused"])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_the_same_results_of_flux2(dtype: torch.dtype, projections: str, rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse("flux2", dtype)
+    if projections == "fused":
+        model.fuse_qkv_projections()
+    got = output(model, inputs)
+    blocks = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    assert rotations == [2, 2] * blocks[0] + [1, 1] * blocks[1]
+    monkeypatch.setattr(rotary, "rotates", lambda *_: False)
+    want = output(model, inputs)
+    assert len(rotations) == 2 * sum(blocks)
+    # In bfloat16 what is selected may change with a last bit, and everything after it.
+    assert relative_error(got, want) < (1e-5 if dtype == F32 else 0.15)
+    rotations.clear()
+    monkeypatch.undo()
+    rtlynx.remove(model)
+    assert not any(type(module).__module__.startswith("rtlynx") for module in model.modules())
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_what_lies_together_is_not_copied(samples: int, rotations: list[int]) -> None:
     whole = torch.randn(samples, 11, 64)
@@ -239,8 +259,23 @@ def test_chromas_attention(mask: bool, rotations: list[int]) -> None:
 def test_on_the_cpu_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = sparse("flux", torch.bfloat16)
     monkeypatch.setattr(rotary, "rotation", None)
-    monkeypatch.setattr(flux_attention, "rotated", None)
     assert torch.equal(output(model, inputs), as_diffusers_has_it(model, lambda: output(model, inputs)))
+
+
+def test_the_attention_backend_that_was_set(rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse("flux")
+    want, seen = output(model, inputs), []
+    dispatch = transformer_flux.dispatch_attention_fn
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(str(kwargs["backend"]))
+        return dispatch(*args, **kwargs)
+
+    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", watching)
+    model.set_attention_backend("_native_math")
+    rotations.clear()
+    torch.testing.assert_close(output(model, inputs), want, rtol=1e-3, atol=1e-3)
+    assert len(rotations) == 2 * BLOCKS and len(seen) == BLOCKS and all("_native_math" in name.lower() for name in seen)
 
 
 def test_another_processor_is_called(rotations: list[int]) -> None:

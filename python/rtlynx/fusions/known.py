@@ -22,6 +22,7 @@ _HOMES = {
     "diffusers.models.transformers.transformer_flux.FluxAttention": "flux_attention",
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock": "flux",
     "diffusers.models.transformers.transformer_flux.FluxTransformerBlock": "flux",
+    "diffusers.models.transformers.transformer_flux2.Flux2Attention": "flux2_attention",
     "diffusers.models.transformers.transformer_flux2.Flux2FeedForward": "flux2",
     "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": "flux2",
     "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": "hunyuan_video",

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from rtlynx.fusions import fusion
 
+NAMES = "ValueError to device reshape shape unbind torch stack flatten cat float dtype view_as_complex unsqueeze view_as_real type_as"
+"""What diffusers' ``apply_rotary_emb`` uses: see `known.why_not`."""
+
 
 def rotates(x: Tensor, embedding: Any, channels: int) -> bool:
     """Whether what belongs to x is rotated here: eager, without gradients, by cosines and sines as FLUX.1 gives them.
