@@ -46,7 +46,8 @@ class SparsityConfig:
         share_inputs: Whether layers that read one tensor (q, k and v) select from it once and hold what selection needs in common. Not with
             offloading that moves single layers ahead of time (``offload_type="leaf_level", use_stream=True``).
         fuse: Whether blocks that `rtlynx.fusions` knows hand a layer what is there before the activation (and concatenation) before it:
-            the layer's selection then does both, and neither is written to memory. And whether their norms are one kernel each.
+            the layer's selection then does both, and neither is written to memory. And whether their norms are one kernel each,
+            and the rest between their layers is done in fewer passes, eager on GPUs.
 
     Raises:
         InvalidArgumentError: A value is not one of those above, or a pattern is malformed.

@@ -1,4 +1,6 @@
-"""What stands before a sparse layer (an activation, a concatenation) goes into its selection: one file for each kind of block; and `norms`.
+"""What stands before a sparse layer (an activation, a concatenation) goes into its selection: one file for each kind of block.
+
+What blocks do between their layers, norms, rotary embeddings and gated sums, is done in fewer passes in eager mode.
 
 A block that is known here gets a subclass of its own class, with a forward that hands the layer what comes before the activation. With
 every call it asks whether that is what the original forward would do (`fusion.plain`), and otherwise calls that one. Parameters, names and

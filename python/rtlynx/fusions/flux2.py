@@ -8,6 +8,7 @@ from diffusers.models.transformers import transformer_flux2
 from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor, Flux2SwiGLU
 from torch import Tensor, nn
 
+from rtlynx.fusions import rotary
 from rtlynx.fusions.fusion import Fusion, plain
 from rtlynx.linear import SparseLinear
 
@@ -43,10 +44,11 @@ class Flux2ParallelSelfAttention(transformer_flux2.Flux2ParallelSelfAttention):
     """
 
     unfused = transformer_flux2.Flux2ParallelSelfAttention
-    replaces = Flux2ParallelSelfAttnProcessor.__call__
+    replaces = (Flux2ParallelSelfAttnProcessor.__call__, transformer_flux2.apply_rotary_emb)
     written_for = (
         "to_qkv_mlp_proj inner_dim mlp_hidden_dim mlp_mult_factor shape torch split chunk unflatten head_dim norm_q norm_k apply_rotary_emb"
         " dispatch_attention_fn _attention_backend _parallel_config flatten to dtype mlp_act_fn cat to_out"
+        f" {rotary.NAMES}"
     )
 
     def fusion(self) -> Fusion | None:
@@ -66,7 +68,10 @@ class Flux2ParallelSelfAttention(transformer_flux2.Flux2ParallelSelfAttention):
         query, key, value, x, gate = self.to_qkv_mlp_proj(hidden_states).split([self.inner_dim] * 3 + [self.mlp_hidden_dim] * 2, -1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
         query, key = self.norm_q(query), self.norm_k(key)
-        if image_rotary_emb is not None:
+        if rotary.rotates(hidden_states, image_rotary_emb, self.head_dim):
+            rotation = rotary.rotation(image_rotary_emb)  # type: ignore[arg-type]
+            query, key = rotary.rotated([query], rotation), rotary.rotated([key], rotation)
+        elif image_rotary_emb is not None:
             query = transformer_flux2.apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = transformer_flux2.apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
         attended = transformer_flux2.dispatch_attention_fn(

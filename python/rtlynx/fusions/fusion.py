@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rtlynx.activations import selection_does
 from rtlynx.linear import SparseLinear
@@ -32,6 +32,23 @@ class Fusion(NamedTuple):
     def __str__(self) -> str:
         name = {"none": "", "gelu": "GELU", "gelu_tanh": "GELU (tanh)", "silu_gate": "gated SiLU"}[self.activation]
         return " and ".join(filter(None, (name, "concatenation" if self.head else "")))
+
+
+def eager(x: Tensor) -> bool:
+    """Whether what is done to x is done by torch's kernels, one after another, on a GPU: then every pass over memory counts."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def add_gated(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """``residual + gate * update``: eager in one pass, rounded once.
+
+    Args:
+        residual: ``(B, S, C)``.
+        gate: ``(B, C)``, of the same dtype as the others.
+        update: ``(B, S, C)``.
+    """
+    gate = gate.unsqueeze(1)
+    return torch.addcmul(residual, gate, update) if eager(residual) else residual + gate * update
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

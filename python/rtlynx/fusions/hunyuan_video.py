@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers import transformer_hunyuan_video
 from torch import Tensor
 
-from rtlynx.fusions.fusion import Fusion
+from rtlynx.fusions.fusion import Fusion, add_gated
 from rtlynx.fusions.known import known_to_hooks
-from rtlynx.fusions.single_stream import fusion_of
+from rtlynx.fusions.single_stream import fusion_of, joined
 
 _forward = transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock.forward  # of the class itself torch.compile would not trace it
 
@@ -42,7 +42,7 @@ class HunyuanVideoSingleTransformerBlock(transformer_hunyuan_video.HunyuanVideoS
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb, *args, **kwargs
             )
-        both = torch.cat([hidden_states, encoder_hidden_states], 1)
+        both = joined(hidden_states, encoder_hidden_states)
         normed, gate = self.norm(both, emb=temb)
         mlp = self.proj_mlp(normed)
         attended = self.attn(
@@ -52,7 +52,7 @@ class HunyuanVideoSingleTransformerBlock(transformer_hunyuan_video.HunyuanVideoS
             image_rotary_emb=image_rotary_emb,
         )
         update = fusion.layer.select_activated(mlp, fusion.activation, head=torch.cat(attended, 1))
-        both = gate.unsqueeze(1) * update + both
+        both = add_gated(both, gate, update)
         return both[:, :-text], both[:, -text:]
 
 

@@ -19,7 +19,10 @@ _HOMES = {
     "diffusers.models.normalization.AdaLayerNormZeroSingle": "norms",
     "diffusers.models.normalization.RMSNorm": "norms",
     "diffusers.models.transformers.transformer_chroma.ChromaSingleTransformerBlock": "chroma",
+    "diffusers.models.transformers.transformer_flux.FluxAttention": "flux_attention",
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock": "flux",
+    "diffusers.models.transformers.transformer_flux.FluxTransformerBlock": "flux",
+    "diffusers.models.transformers.transformer_flux2.Flux2Attention": "flux2_attention",
     "diffusers.models.transformers.transformer_flux2.Flux2FeedForward": "flux2",
     "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": "flux2",
     "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": "hunyuan_video",
@@ -48,7 +51,8 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module] | None:
 def why_not(cls: type[nn.Module], fused: type[nn.Module]) -> str | None:
     """Why the fused forward may not be the same as that of the installed diffusers, or None.
 
-    A forward that is written out here is held against the original's parameters and the names it uses.
+    A forward that is written out here is held against the original's parameters and the names it uses, or those that what it `replaces`
+    (a function or several) uses.
     """
     mine, theirs = (list(inspect.signature(each.forward).parameters) for each in (fused, cls))
     if mine != theirs:
@@ -56,8 +60,9 @@ def why_not(cls: type[nn.Module], fused: type[nn.Module]) -> str | None:
     written_for: str | None = getattr(fused, "written_for", None)
     if written_for is None:
         return None
-    replaced = inspect.unwrap(getattr(fused, "replaces", cls.forward))
-    unknown = sorted(set(replaced.__code__.co_names) - set(written_for.split()))
+    replaced = getattr(fused, "replaces", cls.forward)
+    used = {name for each in (replaced if isinstance(replaced, tuple) else (replaced,)) for name in inspect.unwrap(each).__code__.co_names}
+    unknown = sorted(used - set(written_for.split()))
     return f"its forward uses {', '.join(unknown)}" if unknown else None
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models import normalization
 from torch import Tensor, nn
 
+from rtlynx.fusions import fusion
 from rtlynx.fusions.fusion import plain
 
 _rms_norm = normalization.RMSNorm.forward  # of the class itself torch.compile would not trace it
@@ -22,7 +23,7 @@ _zero_single = normalization.AdaLayerNormZeroSingle.forward
 
 def one_kernel(x: Tensor) -> bool:
     """Whether torch has a kernel for a whole norm of x, and runs it."""
-    return x.is_cuda and not torch.compiler.is_compiling()
+    return fusion.eager(x)
 
 
 class RMSNorm(normalization.RMSNorm):
@@ -74,6 +75,19 @@ class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
             return _zero_single(self, x, emb)  # type: ignore[no-any-return]
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return _modulated(x, self.norm, scale, shift), gate
+
+
+def modulated(x: Tensor, norm: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``, in one kernel where there is one sample.
+
+    Args:
+        x: ``(B, S, C)``.
+        norm: Over C.
+        scale, shift: ``(B, C)``.
+    """
+    if _modulates_one(x, norm):
+        return _modulated(x, norm, scale, shift)  # type: ignore[arg-type]
+    return norm(x) * (1 + scale[:, None]) + shift[:, None]  # type: ignore[no-any-return]
 
 
 def _modulates_one(x: Tensor, norm: nn.Module) -> bool:

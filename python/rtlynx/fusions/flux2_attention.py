@@ -1,0 +1,44 @@
+"""The attention of FLUX.2's double-stream blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.transformers import transformer_flux2
+from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor
+from torch import Tensor
+
+from rtlynx.fusions import joint_attention, rotary
+
+_forward = transformer_flux2.Flux2Attention.forward  # of the class itself torch.compile would not trace it
+
+
+class Flux2Attention(transformer_flux2.Flux2Attention):
+    """With fewer passes between the projections and attention, eager.
+
+    Only with the processor that diffusers sets; one with a cache, or a user's, is called as ever.
+    """
+
+    unfused = transformer_flux2.Flux2Attention
+    has_layers = False
+    replaces = (_forward, Flux2AttnProcessor.__call__, transformer_flux2.apply_rotary_emb)
+    written_for = joint_attention.NAMES
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As diffusers has it."""
+        ready = not kwargs and type(self.processor) is Flux2AttnProcessor
+        if not ready or not rotary.rotates(hidden_states, image_rotary_emb, self.head_dim):
+            return _forward(  # type: ignore[no-any-return]
+                self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
+            )
+        attended = joint_attention.attended(self, transformer_flux2, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        image = self.to_out[1](self.to_out[0](attended[:, text:]))
+        return image if encoder_hidden_states is None else (image, self.to_add_out(attended[:, :text]))
