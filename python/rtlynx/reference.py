@@ -168,7 +168,10 @@ def normed_backward(
     grad, away, rstd = grad.float(), h.float() - stats[:, :1], stats[:, 1:]
 
     def of_samples(grad: Tensor, vectors: Tensor | None) -> Tensor | None:
-        return None if vectors is None else grad.unflatten(0, (vectors.shape[0], -1)).sum(1).to(vectors.dtype)
+        if vectors is None:
+            return None
+        samples = vectors.shape[0]
+        return grad.reshape(samples, grad.shape[0] // samples, grad.shape[1]).sum(1).to(vectors.dtype)
 
     grad_weight, grad_bias = of_samples(grad * away * rstd, weight), of_samples(grad, bias)
     if weight is not None:

@@ -186,6 +186,13 @@ def test_no_tokens() -> None:
     assert [tuple(t.shape) for t in got] == [(0, 64), (1, 0, 32, 4), (0,), (0, 0)]
 
 
+def test_no_tokens_have_no_gradient() -> None:
+    leaves = [t.requires_grad_() for t in inputs(0, 2)]
+    out = ops.sparsify(leaves[0], norm_stats=row_stats.row_stats(leaves[0]), norm_weight=leaves[1], norm_bias=leaves[2])
+    for grad, leaf in zip(torch.autograd.grad(out.values.sum(), leaves), leaves, strict=True):
+        assert grad.shape == leaf.shape and not grad.any()
+
+
 H, WEIGHT, BIAS = inputs(8, 2)
 STATS = reference.row_stats(H)
 BAD: list[tuple[str, dict[str, Any]]] = [
