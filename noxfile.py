@@ -69,14 +69,16 @@ def sanitize(session: nox.Session) -> None:
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
-    ours = [option for name in ("sparsify", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")]
-    selection, product, fused = ops = [f"tests/gpu/test_{name}.py" for name in ("sparsify", "sparse_linear", "fused_linear")]
+    ours = [option for name in ("sparsify", "row_stats", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")]
+    names = "sparsify", "sparsify_norm", "sparse_linear", "fused_linear"
+    selection, normed, product, fused = ops = [f"tests/gpu/test_{name}.py" for name in names]
     others = ["tests/gpu", *(f"--ignore={tests}" for tests in ops)]
     gradients = "test_gradients_match_the_reference"
     runs = {
         "memcheck-others": ("memcheck", ours, others),
         **{f"memcheck-{Path(tests).stem}": ("memcheck", ours, [tests]) for tests in ops},
         "racecheck-test_sparsify": ("racecheck", ours, [selection]),
+        "racecheck-test_sparsify_norm": ("racecheck", ours, [normed]),
         "racecheck-test_sparse_linear": ("racecheck", ours, [product]),
         "racecheck-test_fused_linear": ("racecheck", ours, [fused, f"--deselect={fused}::{gradients}"]),
         "racecheck-gradients": ("racecheck", [], [f"{fused}::{gradients}"]),

@@ -12,8 +12,11 @@
 //     n-tile i                             i        8 + i      16 + i             56 + i
 //
 // Sums across warps go through shared memory in a fixed order: the result does not depend on scheduling.
+//
+// With a norm (norm.cuh) what is read is not X, but what X is the norm of.
 
 #include "rtlynx/lane_tile.cuh"
+#include "rtlynx/norm.cuh"
 #include "rtlynx/ptx/mma.cuh"
 
 namespace rtlynx {
@@ -67,11 +70,12 @@ __device__ __forceinline__ int partial_place(int row, int n) {
 
 // kRankCapacity: the branch columns there are accumulators for (0: no branch). A larger rank is split over blockIdx.y, each block selecting
 // anew: the second read of X comes from L2. Only blocks with blockIdx.y == 0 write what does not belong to the branch.
-template <class T, int kRankCapacity>
+template <class T, int kRankCapacity, bool kNormed>
 __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   constexpr int kPiece = kRankCapacity ? kRankCapacity / 8 : 1;  // branch columns a lane reads, and the number of n-tiles
   __shared__ float2 norms[kWarps][kTileRows];                    // ‖X‖² and ‖S(X)‖² by warp and row
-  extern __shared__ float partial[];                             // [kWarps][kTileRows][kRankCapacity] branch sums by warp
+  __shared__ RowNorm row_norms[kNormed ? kTileRows : 1];
+  extern __shared__ float partial[];  // [kWarps][kTileRows][kRankCapacity] branch sums by warp
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row0 = blockIdx.x * kTileRows, row = row0 + g;
@@ -82,6 +86,10 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   float norm[2] = {}, norm_kept[2] = {};
   float d[kPiece][4] = {};
 
+  if constexpr (kNormed) {
+    if (threadIdx.x < kTileRows) row_norms[threadIdx.x] = RowNorm(p, min(row0 + static_cast<int>(threadIdx.x), p.m - 1));
+    __syncthreads();
+  }
   LaneTile next = load_tile(p, row, warp * kWordCols + q * kLaneCols);
   for (int unit = warp; unit < units; unit += kWarps) {
     const int col0 = unit * kWordCols, col = col0 + q * kLaneCols;
@@ -90,6 +98,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
 
     uint32_t word = kPaddingWord;
     if (col0 < p.k) {
+      if constexpr (kNormed) normalize<T>(p, row_norms + g, row, col, x);
       if (p.shift) subtract_shift<T>(p, row, col, x);
       const SelectedTile<T> selected(p, col, x);
       word = selected.word;
@@ -153,18 +162,20 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, rank_capacity)                                         \
+#define RTLYNX_SPARSIFY(name, T, rank_capacity, normed)                                 \
   extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity > 32 ? 1 \
                                                                  : rank_capacity    ? 2 \
                                                                                     : 3)   \
       name(const __grid_constant__ rtlynx::SparsifyParams p) {                          \
-    rtlynx::sparsify<rtlynx::T, rank_capacity>(p);                                      \
+    rtlynx::sparsify<rtlynx::T, rank_capacity, normed>(p);                              \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T) \
-  RTLYNX_SPARSIFY(prefix##_r0, T, 0)     \
-  RTLYNX_SPARSIFY(prefix##_r16, T, 16)   \
-  RTLYNX_SPARSIFY(prefix##_r32, T, 32)   \
-  RTLYNX_SPARSIFY(prefix##_r64, T, 64)
+#define RTLYNX_SPARSIFY_RANKS(prefix, T, suffix, normed) \
+  RTLYNX_SPARSIFY(prefix##_r0##suffix, T, 0, normed)     \
+  RTLYNX_SPARSIFY(prefix##_r16##suffix, T, 16, normed)   \
+  RTLYNX_SPARSIFY(prefix##_r32##suffix, T, 32, normed)   \
+  RTLYNX_SPARSIFY(prefix##_r64##suffix, T, 64, normed)
 
-RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16)
-RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16)
+RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16, , false)
+RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16, , false)
+RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16, _norm, true)
+RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16, _norm, true)

@@ -4,7 +4,7 @@ Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the la
 
 from typing import Final, SupportsFloat, SupportsIndex
 
-__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
+__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
 
 K_MULTIPLE: Final[int]
 MAX_RANK: Final[int]
@@ -14,7 +14,7 @@ __version__: Final[str]
 
 def activations(device_index: SupportsIndex) -> list[str]:
     """
-    What `sparsify` can apply to x on this GPU: "none", and on some GPUs more.
+    What `sparsify` can apply to x on this GPU: "none", "norm", and on some GPUs more.
     """
 
 def candidates(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> list[str]:
@@ -75,6 +75,11 @@ def probe(device_index: SupportsIndex, stream: SupportsIndex, name: str, steps: 
     Every multiprocessor multiplies 256 x 64 by 64 x 192, `steps` times. Addresses are `Tensor.data_ptr()`; rtlynx.bench.probe has the shapes.
     """
 
+def row_stats(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, x: SupportsIndex, stats: SupportsIndex, centered: bool, eps: SupportsFloat | SupportsIndex) -> None:
+    """
+    Enqueue the mean (0 if not centered) and 1 / sqrt(variance + eps) of every row. Addresses are `Tensor.data_ptr()`.
+    """
+
 def set_plan(device_index: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str, kernel: str | None) -> None:
     """
     Run one of the candidates for a problem on a GPU of this machine from now on, in the whole process; None: what is planned for it.
@@ -87,7 +92,7 @@ def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str
     Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """
 
-def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, activation: str, head_k: SupportsIndex, ld_head: SupportsIndex, ld_gate: SupportsIndex, x: SupportsIndex, gate: SupportsIndex, head: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
+def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, activation: str, head_k: SupportsIndex, ld_head: SupportsIndex, ld_gate: SupportsIndex, norm_rows: SupportsIndex, x: SupportsIndex, gate: SupportsIndex, head: SupportsIndex, norm_stats: SupportsIndex, norm_weight: SupportsIndex, norm_bias: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
     """
     Enqueue selection, compression, row norms and the branch's projection. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """

@@ -65,6 +65,9 @@ def check_sparsify(
     activation: str,
     gate: Tensor | None,
     head: Tensor | None,
+    norm_stats: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
 ) -> int:
     """Refuse arguments of `rtlynx.ops.sparsify` that do not fit; returns K."""
     op = "sparsify"
@@ -81,6 +84,8 @@ def check_sparsify(
         if head.shape[1] % K_MULTIPLE:
             raise InvalidArgumentError(op, "head", f"{head.shape[1]} channels", f"a multiple of {K_MULTIPLE}")
         k += head.shape[1]
+    if norm_stats is not None or norm_weight is not None or norm_bias is not None:
+        check_norm(op, x, norm_stats, norm_weight, norm_bias, activation, head)
     if score is not None:
         check(op, "score", score, (k,), torch.float32, x.device)
     if shift is not None:
@@ -110,6 +115,36 @@ def check_activation(op: str, x: Tensor, activation: str, gate: Tensor | None) -
         raise InvalidArgumentError(op, "gate", got, f"{expected}, since `activation` is {activation!r}")
     if gate is not None:
         check(op, "gate", gate, tuple(x.shape), x.dtype, x.device)
+
+
+def check_norm(
+    op: str,
+    x: Tensor,
+    norm_stats: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    head: Tensor | None,
+) -> None:
+    """Refuse a norm that does not fit x, or does not go with the rest."""
+    vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    if norm_stats is None:
+        argument = next(name for name, vector in vectors.items() if vector is not None)
+        raise InvalidArgumentError(op, argument, "a tensor", "None, since `norm_stats` is None")
+    if activation != "none":
+        raise InvalidArgumentError(op, "activation", repr(activation), "'none', since `norm_stats` is given")
+    if head is not None:
+        raise InvalidArgumentError(op, "head", "a tensor", "None, since `norm_stats` is given")
+    m, k = x.shape
+    check(op, "norm_stats", norm_stats, (m, 2), torch.float32, x.device)
+    samples = None
+    for argument, vector in vectors.items():
+        if vector is None:
+            continue
+        check(op, argument, vector, (samples, k), x.dtype, x.device)
+        samples = vector.shape[0]
+        if samples == 0 or m % samples:
+            raise InvalidArgumentError(op, argument, f"{samples} rows", f"a divisor of the {m} rows of x")
 
 
 def check_sparse_linear(

@@ -25,7 +25,12 @@ from rtlynx.activations import selection_does
 
 logger = logging.getLogger("rtlynx")
 
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten._unsafe_view.default}
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.unsqueeze.default,
+}
 _REPEATED = {torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor}
 """What a layer may compute before it selects."""
 
@@ -84,14 +89,18 @@ def _sparsify_into(
     activation: Any = "none",
     gate: Any = None,
     head: Any = None,
+    norm_stats: Any = None,
+    norm_weight: Any = None,
+    norm_bias: Any = None,
 ) -> Any:
     device = x.get_device()
-    if not _can_write_into(1, 2, 3) or not selection_does(device, activation) or (activation == "none" and head is not None):
+    if not _can_write_into(1, 2, 3, 12) or not selection_does(device, activation) or (activation == "none" and head is not None):
         return None
     outputs = values, metadata, row_scale, branch = _outputs()
+    norm = norm_stats, norm_weight, norm_bias
     inputs = x, gate, head, score, shift, comp_down
     written = values, metadata, row_scale if norm_compensation else None, None if comp_down is None else branch
-    _call(torch.ops.rtlynx.sparsify_into.default, *inputs, *written, branch_input == "dropped", eps, values_scale, activation)
+    _call(torch.ops.rtlynx.sparsify_into.default, *inputs, *written, branch_input == "dropped", eps, values_scale, activation, *norm)
     return outputs
 
 

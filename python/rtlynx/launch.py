@@ -34,15 +34,26 @@ def sparsify(
     eps: float,
     values_scale: float,
     activation: str,
+    norm_stats: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
 ) -> None:
     """Enqueue `rtlynx.ops.sparsify` on the current stream of its device, to write ``values``, ``metadata``, ``row_scale``, ``branch``.
 
-    x, gate and head are copied where the kernel cannot read them in place. All else is contiguous.
+    x, gate and head are copied where the kernel cannot read them in place, weight and bias of a norm where they are not contiguous. All
+    else is.
     """
     m, half = values.shape
     if m == 0:
         return
     x, gate, head = readable(x), None if gate is None else readable(gate), None if head is None else readable(head)
+    norm_rows = 0
+    if norm_stats is not None:
+        activation = "norm"
+        norm_weight = None if norm_weight is None else norm_weight.contiguous()
+        norm_bias = None if norm_bias is None else norm_bias.contiguous()
+        vectors = norm_bias if norm_weight is None else norm_weight
+        norm_rows = m if vectors is None else m // vectors.shape[0]
     device_index = x.get_device()
     core().sparsify(
         device_index,
@@ -56,9 +67,13 @@ def sparsify(
         0 if head is None else head.shape[1],  # head_k
         0 if head is None else head.stride(0),  # ld_head
         0 if gate is None else gate.stride(0),  # ld_gate
+        norm_rows,
         x.data_ptr(),
         0 if gate is None else gate.data_ptr(),
         0 if head is None else head.data_ptr(),
+        0 if norm_stats is None else norm_stats.data_ptr(),
+        0 if norm_weight is None else norm_weight.data_ptr(),
+        0 if norm_bias is None else norm_bias.data_ptr(),
         0 if score is None else score.data_ptr(),
         0 if shift is None else shift.data_ptr(),
         0 if comp_down is None else comp_down.data_ptr(),
@@ -69,6 +84,30 @@ def sparsify(
         branch_of_dropped,
         eps,
         values_scale,
+    )
+
+
+def row_stats(h: Tensor, stats: Tensor, centered: bool, eps: float) -> None:
+    """Enqueue `rtlynx.row_stats.row_stats` on the current stream of its device, to write ``stats``, which is contiguous.
+
+    h is copied where the kernel cannot read it in place.
+    """
+    m, k = h.shape
+    if m == 0:
+        return
+    h = readable(h)
+    device_index = h.get_device()
+    core().row_stats(
+        device_index,
+        stream(device_index),
+        kernel_dtype(h.dtype, h.dtype),
+        m,
+        k,
+        h.stride(0),  # ldx
+        h.data_ptr(),
+        stats.data_ptr(),
+        centered,
+        eps,
     )
 
 

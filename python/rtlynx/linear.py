@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rtlynx import ops
+from rtlynx.activations import selection_norms
 from rtlynx.checks import check_activation
 from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
@@ -204,7 +205,7 @@ class SparseLinear(LayerState):
             selected = self._select(input)
         else:
             selected = self.input_group.select(self, input, self._select)
-        return self._multiply(selected, input.dtype, tokens)
+        return self.multiply(selected, input.dtype, tokens)
 
     def forward_activated(
         self, x: Tensor, activation: Activation = "none", gate: Tensor | None = None, head: Tensor | None = None
@@ -242,7 +243,15 @@ class SparseLinear(LayerState):
         _, *arguments = self.selection_inputs()
         gate, head = None if gate is None else _rows(gate), None if head is None else _rows(head)
         selected = ops.sparsify(_rows(x), *arguments, activation, gate, head)  # type: ignore[call-arg]  # mypy cannot count them
-        return self._multiply(selected, x.dtype, x.shape[:-1])
+        return self.multiply(selected, x.dtype, x.shape[:-1])
+
+    def takes_norm(self, tokens: int, device: torch.device) -> bool:
+        """Whether a selection from so many tokens can take in the norm before it (`rtlynx.sharing.select_normed`).
+
+        Not where there is none, nor where channels are gathered first, nor where no kernel of the device does it. Other layers may select
+        from the same tensor.
+        """
+        return self._buffers["permutation"] is None and not self._is_dense_now(tokens, device) and selection_norms(device)
 
     def _dense(self, input: Tensor) -> Tensor:
         buffers = self._buffers
@@ -259,8 +268,17 @@ class SparseLinear(LayerState):
     def _is_dense_now(self, tokens: int, device: torch.device) -> bool:
         return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
 
-    def _multiply(self, selected: ops.Sparsified, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
-        """The product and all that is added to it; ``tokens`` are the leading dimensions of the output."""
+    def multiply(self, selected: ops.Sparsified, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
+        """The product and all that is added to it, of a selection as this layer would make it.
+
+        Args:
+            selected: From `rtlynx.sharing.select_normed` with this layer, or another one's that asks for the same selection.
+            dtype: That of the layer's input and output.
+            tokens: The leading dimensions of the output; their product is M.
+
+        Returns:
+            ``(*tokens, N)``.
+        """
         values, metadata, row_scale, branch = selected
         # An attribute that is a parameter is slow to read: each once.
         weight, comp_up, sparse_weight = self.weight, self.comp_up, self.sparse_weight

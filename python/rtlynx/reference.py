@@ -107,6 +107,79 @@ def activated_backward(
     return grad.to(x.dtype), grad_gate, grad_head
 
 
+def row_stats(h: Tensor, centered: bool = True, eps: float = 1e-6) -> Tensor:
+    """Mean and ``1 / sqrt(variance + eps)`` of every row, in float32: ``(M, K)`` → ``(M, 2)``.
+
+    Args:
+        h: ``(M, K)`` of dtype T.
+        centered: As LayerNorm has it: the variance is the mean of squared deviations. False: as RMSNorm has it: the mean is taken to be 0.
+        eps: Added to the variance.
+    """
+    h = h.float()
+    if centered:
+        variance, mean = torch.var_mean(h, 1, correction=0)
+    else:
+        variance = h.square().mean(1)
+        mean = torch.zeros_like(variance)
+    return torch.stack([mean, (variance + eps).rsqrt()], 1)
+
+
+def row_stats_backward(grad: Tensor, h: Tensor, stats: Tensor, centered: bool) -> Tensor:
+    """The gradient of h from that of ``stats = row_stats(h, centered)``."""
+    (grad_mean, grad_rstd), (mean, rstd) = grad.unbind(1), stats.unbind(1)
+    grad_h = (h.float() - mean[:, None]) * (-grad_rstd * rstd**3)[:, None]
+    if centered:
+        grad_h = grad_h + grad_mean[:, None]
+    return (grad_h / h.shape[1]).to(h.dtype)
+
+
+def normed(h: Tensor, stats: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``X = (h - mean) · rstd · weight + bias``, what `sparsify` selects from; every step in float32, rounded once to ``h.dtype``.
+
+    Args:
+        h: ``(M, K)`` of dtype T.
+        stats: ``(M, 2)`` float32, mean and rstd of each row (`row_stats`); None: X is h.
+        weight: ``(B, K)`` of dtype T, B a divisor of M: row r of h takes row ``r // (M / B)``. None: 1.
+        bias: ``(B, K)`` of dtype T. None: 0.
+
+    Returns:
+        ``(M, K)`` of dtype T; ``h`` itself without `stats`.
+    """
+    if stats is None:
+        return h
+    x = (h.float() - stats[:, :1]) * stats[:, 1:]
+    if weight is not None:
+        x = x * _by_rows(weight, h)
+    if bias is not None:
+        x = x + _by_rows(bias, h)
+    return x.to(h.dtype)
+
+
+def _by_rows(vectors: Tensor, h: Tensor) -> Tensor:
+    """``(B, K)`` → the row that belongs to each row of h, in float32."""
+    samples = vectors.shape[0]
+    return vectors.float() if samples == 1 else vectors.float().repeat_interleave(h.shape[0] // samples, 0)
+
+
+def normed_backward(
+    grad: Tensor, h: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of h, stats, weight and bias from that of ``normed(h, stats, weight, bias)``."""
+    grad, away, rstd = grad.float(), h.float() - stats[:, :1], stats[:, 1:]
+
+    def of_samples(grad: Tensor, vectors: Tensor | None) -> Tensor | None:
+        if vectors is None:
+            return None
+        samples = vectors.shape[0]
+        return grad.reshape(samples, grad.shape[0] // samples, grad.shape[1]).sum(1).to(vectors.dtype)
+
+    grad_weight, grad_bias = of_samples(grad * away * rstd, weight), of_samples(grad, bias)
+    if weight is not None:
+        grad = grad * _by_rows(weight, h)
+    grad_stats = torch.stack([-(grad * rstd).sum(1), (grad * away).sum(1)], 1)
+    return (grad * rstd).to(h.dtype), grad_stats, grad_weight, grad_bias
+
+
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
     """``x - shift`` computed in float32 and rounded to ``x.dtype``; ``x`` itself without a shift."""
     return x if shift is None else (x.float() - shift).to(x.dtype)
@@ -225,10 +298,13 @@ def sparsify(
     activation: Activation = "none",
     gate: Tensor | None = None,
     head: Tensor | None = None,
+    norm_stats: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
 ) -> Sparsified:
     """Select, compress, measure and project: see `rtlynx.ops.sparsify`, whose semantics this defines.
 
-    With ``X`` as in `activated`, ``X' = X - shift`` and ``S`` the selection::
+    With ``X`` as in `activated`, or with `norm_stats` as in `normed`, ``X' = X - shift`` and ``S`` the selection::
 
         row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
         branch    = X' · comp_down                  for branch_input = "input"    (the paper's branch)
@@ -237,7 +313,7 @@ def sparsify(
     With ``values_dtype = float8_e4m3fn`` the kept values are stored as ``e4m3(float32(x') · values_scale)``; selection, row scale and
     branch are of the unrounded X' all the same.
     """
-    x = shifted(activated(x, activation, gate, head), shift)
+    x = shifted(activated(normed(x, norm_stats, norm_weight, norm_bias), activation, gate, head), shift)
     k = x.shape[1]
     mask = keep_mask(x, score)
     positions = kept_positions(mask)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from rtlynx import ops
 from rtlynx.eligibility import sparse_layers
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fused_projections import parts_of
@@ -24,6 +25,7 @@ from rtlynx.recipes import find_recipe
 
 if TYPE_CHECKING:
     from rtlynx.layer_state import LayerState
+    from rtlynx.linear import SparseLinear
 
 T = TypeVar("T")
 
@@ -63,6 +65,42 @@ def _untie(layers: list[LayerState]) -> None:
                 own = tensor.detach().clone()
                 setattr(layer, name, nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own)
             seen.add(id(tensor))
+
+
+def select_normed(
+    layer: SparseLinear, h: Tensor, stats: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> ops.Sparsified:
+    """What ``layer`` selects from a norm of h, ``(h - mean) · rstd · weight + bias``, which is not written to memory.
+
+    For `SparseLinear.multiply`, and for layers that `SparseLinear.takes_norm`. Layers of a group that ask for the same selection share one,
+    eager and compiled, where they are called with the same tensor objects::
+
+        stats = row_stats(h.flatten(0, 1))
+        q, k, v = (layer.multiply(select_normed(layer, h, stats, 1 + scale, shift), h.dtype, h.shape[:-1]) for layer in (to_q, to_k, to_v))
+
+    with ``1 + scale`` computed once.
+
+    Args:
+        layer: The layer that reads the norm.
+        h: ``(..., K)`` of the layer's dtype, M tokens.
+        stats: ``(M, 2)`` float32 from `rtlynx.row_stats.row_stats`.
+        weight: ``(B, K)`` of the same dtype as h, B a divisor of M: M / B neighbouring tokens share a row of it; or ``(K,)``. None: 1.
+        bias: Of the same shape and dtype. None: 0.
+
+    Raises:
+        InvalidArgumentError: The layer gathers its channels first, or an argument does not fit.
+    """
+    permutation, *arguments = layer.selection_inputs()
+    if permutation is not None:
+        raise InvalidArgumentError("select_normed", "layer", "a layer with a permutation", "one that takes channels as they come")
+
+    def select(h: Tensor) -> ops.Sparsified:
+        x = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
+        return ops.sparsify(x, *arguments, "none", None, None, stats, weight, bias)  # type: ignore[call-arg]  # mypy cannot count them
+
+    if torch.compiler.is_compiling() or layer.input_group is None or layer.sharing == 1:
+        return select(h)
+    return layer.input_group.select(layer, h, select, stats, weight, bias)
 
 
 class InputGroup:
@@ -121,7 +159,7 @@ class InputGroup:
         for layer, mine in zip(layers, asked, strict=True):
             layer.sharing = sum(same_selection(mine, other) for other in asked)
 
-    def select(self, reader: LayerState, source: Tensor, select: Callable[[Tensor], T]) -> T:
+    def select(self, reader: LayerState, source: Tensor, select: Callable[[Tensor], T], *norm: Tensor | None) -> T:
         """What was selected from ``source``: the selection that is kept if it serves this reader, else a new one.
 
         A kept selection serves each reader once, and only one that comes with the same tensor object, not written to since, and asks for
@@ -131,10 +169,11 @@ class InputGroup:
             reader: The layer that asks.
             source: The tensor it was called with.
             select: Makes the selection.
+            norm: What else it is made from: statistics, weight and bias of the norm before it.
         """
         if "_diffusers_hook" in reader.__dict__:
             _refuse_moving_ahead(reader)
-        asked = reader.selection_inputs()
+        asked = *reader.selection_inputs(), *norm
         state = _state(source, asked)
         if state is None:
             return select(source)
@@ -163,7 +202,9 @@ class _Kept(NamedTuple):
     readers: set[int]
 
     def serves(self, reader: LayerState, source: Tensor, asked: tuple[object, ...], state: tuple[int, ...]) -> bool:
-        return self.source() is source and self.state == state and id(reader) not in self.readers and same_selection(self.asked, asked)
+        if self.source() is not source or self.state != state or id(reader) in self.readers or len(self.asked) != len(asked):
+            return False
+        return same_selection(self.asked, asked)
 
 
 def _refuse_moving_ahead(layer: LayerState) -> None:

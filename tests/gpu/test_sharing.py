@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import rtlynx
-from rtlynx import SparseLinear, ops
+from rtlynx import SparseLinear, ops, reference
 from rtlynx.bench.random_model import random_compensation
+from rtlynx.row_stats import row_stats
+from rtlynx.sharing import select_normed
 from tiny_models import TINY, output, relative_error
 
 K, N, M = 256, 128, 512
@@ -101,6 +103,33 @@ def test_a_graph_holds_its_own_selection(attn: Any) -> None:
         x.copy_(tokens())
         graph.replay()
         assert torch.equal(k, alone(attn.to_k, x)) and torch.equal(v, alone(attn.to_v, x))
+
+
+@torch.no_grad()
+def test_one_selection_from_a_norm_serves_all(attn: Any, selections: list[None]) -> None:
+    h, weight, bias = tokens(), *torch.randn(2, K, device="cuda", dtype=torch.bfloat16)
+    stats = row_stats(h[0])
+    x = reference.normed(h[0], stats, weight[None], bias[None])[None]
+    for layer in (attn.to_q, attn.to_k, attn.to_v):
+        assert layer.takes_norm(M, h.device)
+        got = layer.multiply(select_normed(layer, h, stats, weight, bias), h.dtype, h.shape[:-1])
+        assert torch.equal(got, alone(layer, x))
+    assert len(selections) == 1 + 3
+
+
+@torch.no_grad()
+def test_a_norm_in_compiled_code(attn: Any) -> None:
+    def project(h: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
+        stats, weight = row_stats(h.flatten(0, 1)), 1 + scale
+        layers = attn.to_q, attn.to_k, attn.to_v
+        return [layer.multiply(select_normed(layer, h, stats, weight, bias), h.dtype, h.shape[:-1]) for layer in layers]
+
+    h, scale, bias = torch.randn(2, M, K, device="cuda").bfloat16(), *torch.randn(2, 2, K, device="cuda").bfloat16()
+    torch._dynamo.reset()
+    got, (code,) = run_and_get_code(torch.compile(project, fullgraph=True), h, scale, bias)
+    assert code.count("rtlynx.sparsify_into.default(") == 1 and "rtlynx.row_stats" not in code
+    for a, b in zip(got, project(h, scale, bias), strict=True):
+        assert relative_error(a, b) < 1e-2  # the statistics' last bits
 
 
 def selecting_model(family: str) -> tuple[torch.nn.Module, dict[str, Any]]:

@@ -18,6 +18,7 @@ TENSOR = 1 << 20  # an aligned address that no test here ever dereferences
 SPARSIFY: dict[str, Any] = dict(
     device_index=0, stream=0, dtype="bfloat16", m=64, k=128, ldx=128, rank=16, branch_of_dropped=True, eps=1e-8, values_scale=1.0,
     activation="none", head_k=0, ld_head=0, ld_gate=0, gate=0, head=0,
+    norm_rows=0, norm_stats=0, norm_weight=0, norm_bias=0,
     x=TENSOR, score=0, shift=0, comp_down=TENSOR, values=TENSOR, metadata=TENSOR, row_scale=TENSOR, branch=TENSOR,
 )  # fmt: skip
 SPARSE_LINEAR: dict[str, Any] = dict(

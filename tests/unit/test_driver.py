@@ -25,11 +25,14 @@ from rtlynx import _core
 from rtlynx.errors import RTLynxError
 A = 1 << 20
 
-def sparsify(m=100, rank=96, device=1, k=128, activation="none", head_k=0):
-    gated, branch = activation == "silu_gate", A if rank else 0
-    prologue = (activation, head_k, head_k + 8 if head_k else 0, k if gated else 0)
-    inputs = (A, 2 * A if gated else 0, 3 * A if head_k else 0)
+def sparsify(m=100, rank=96, device=1, k=128, activation="none", head_k=0, norm_rows=0):
+    gated, branch, normed = activation == "silu_gate", A if rank else 0, activation == "norm"
+    prologue = (activation, head_k, head_k + 8 if head_k else 0, k if gated else 0, norm_rows)
+    inputs = (A, 2 * A if gated else 0, 3 * A if head_k else 0, A if normed else 0, A if normed else 0, 0)
     _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, *prologue, *inputs, 0, 0, branch, A, A, A, branch, True, 1e-8, 1.0)
+
+def row_stats(m=100, k=128):
+    _core.row_stats(1, 0x5, "float16", m, k, k, A, A, True, 1e-6)
 
 def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
     branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
@@ -184,14 +187,29 @@ def test_hopper_maps_what_x_is_made_of(driver: Path, activation: str, head_k: in
 
 
 def test_an_activation_is_refused_where_no_kernel_does_it(driver: Path) -> None:
-    assert run(driver, "print(_core.activations(0))") == ["['none', 'gelu_tanh', 'silu_gate']"]
+    assert run(driver, "print(_core.activations(0))") == ["['none', 'gelu_tanh', 'silu_gate', 'norm']"]
     listed, refused = run(driver, "print(_core.activations(0)); sparsify(activation='gelu_tanh')", capability=89)
-    assert listed == "['none']"
+    assert listed == "['none', 'norm']"
     assert refused.startswith(
         "DeviceError: sparsify: got an activation on a GPU of compute capability 8.9, expected compute capability 9.0"
     )
     (message,) = run(driver, "sparsify(activation='relu')")
-    assert message == "InvalidArgumentError: sparsify: argument `activation`: got relu, expected none, gelu_tanh, silu_gate"
+    assert message == "InvalidArgumentError: sparsify: argument `activation`: got relu, expected none, gelu_tanh, silu_gate, norm"
+
+
+def test_a_norm_that_does_not_fit_is_refused(driver: Path) -> None:
+    (message,) = run(driver, "sparsify(activation='norm', norm_rows=30)")
+    assert message == "InvalidArgumentError: sparsify: argument `norm_rows`: got 30, expected a positive divisor of m = 100"
+    (message,) = run(driver, "row_stats(k=100)")
+    assert message.startswith("InvalidArgumentError: row_stats: argument `k`: got 100")
+
+
+@needs_device_code
+@pytest.mark.parametrize("capability, family", [(90, "sparsify_sm90"), (80, "sparsify")])
+def test_norms_have_kernels_everywhere(driver: Path, capability: int, family: str) -> None:
+    calls = run(driver, "sparsify(activation='norm', norm_rows=50); row_stats()", capability=capability)
+    assert f"{family}_bf16_r64_norm" in calls and "row_stats_f16" in calls
+    assert [call for call in calls if call.startswith("launch")][-1].startswith("launch 25x1x1 of 128x1x1, 0 bytes")
 
 
 @needs_device_code

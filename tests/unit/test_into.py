@@ -115,6 +115,7 @@ def test_selection_is_given_its_arguments_in_their_places(full: bool, monkeypatc
     calls = recorded(monkeypatch, "sparsify")
     wide = torch.zeros(M, 3 * K).bfloat16()
     x, gate, head = wide[:, :K], wide[:, K : 2 * K], torch.zeros(M, 64).bfloat16()
+    none = {"norm_rows": 0, "norm_stats": 0, "norm_weight": 0, "norm_bias": 0}
     score, shift, down = torch.ones(K + 64), torch.zeros(K + 64), torch.zeros(K + 64, R).bfloat16()
     values, metadata = torch.zeros(M, (K + 64) // 2, dtype=E4M3), torch.zeros(1, 5, 32, 4, dtype=torch.int32)
     scale, branch = torch.zeros(M), torch.zeros(M, R).bfloat16()
@@ -129,7 +130,35 @@ def test_selection_is_given_its_arguments_in_their_places(full: bool, monkeypatc
     addresses |= {"x": x.data_ptr(), "values": values.data_ptr(), "metadata": metadata.data_ptr()}
     options = {"activation": "silu_gate", "branch_of_dropped": True, "eps": 1e-8, "values_scale": 0.5, "rank": R if full else 0}
     place = {"device_index": -1, "stream": 7, "dtype": "bfloat16_e4m3", "m": M, "k": K + 64}
-    assert calls == [place | rows | addresses | options]
+    assert calls == [place | rows | addresses | options | none]
+
+
+@pytest.mark.parametrize("samples", [0, 1, 3])
+def test_a_norm_is_given_its_arguments_in_their_places(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch, "sparsify")
+    x, values, metadata = torch.zeros(M, K).bfloat16(), torch.zeros(M, K // 2).bfloat16(), torch.zeros(1, 4, 32, 4, dtype=torch.int32)
+    stats, weight, bias = torch.zeros(M, 2), None, None
+    if samples:
+        weight, bias = torch.zeros(samples, K).bfloat16(), torch.zeros(samples, 2 * K).bfloat16()[:, K:]
+    launch.sparsify(x, *[None] * 5, values, metadata, None, None, False, 0.0, 1.0, "none", stats, weight, bias)
+    (call,) = calls
+    assert (call["activation"], call["norm_rows"], call["norm_stats"]) == ("norm", M // max(samples, 1), stats.data_ptr())
+    assert call["norm_weight"] == (0 if weight is None else weight.data_ptr())
+    if samples == 1:
+        assert bias is not None and call["norm_bias"] == bias.data_ptr()  # one row of a wider tensor is contiguous
+    else:
+        assert bool(call["norm_bias"]) == bool(samples)  # several are copied
+    assert (call["x"], call["gate"], call["head"], call["head_k"]) == (x.data_ptr(), 0, 0, 0)
+
+
+def test_statistics_are_given_their_arguments_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch, "row_stats")
+    x, stats = torch.zeros(M, 3 * K).half()[:, K : 2 * K], torch.zeros(M, 2)
+    launch.row_stats(x, stats, True, 1e-6)
+    place = {"device_index": -1, "stream": 7, "dtype": "float16", "m": M, "k": K, "ldx": 3 * K}
+    assert calls == [place | {"x": x.data_ptr(), "stats": stats.data_ptr(), "centered": True, "eps": 1e-6}]
+    launch.row_stats(x[:0], stats[:0], True, 1e-6)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("full", [True, False])

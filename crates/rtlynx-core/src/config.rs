@@ -28,6 +28,8 @@ pub enum Kernel {
     Sparsify(SparsifyKernel),
     /// The sparse GEMM.
     Spmm(SpmmKernel),
+    /// Mean and deviation of rows.
+    RowStats(RowStatsKernel),
     /// The whole layer in one.
     Fused(FusedKernel),
     /// A measurement of the tensor cores.
@@ -39,6 +41,7 @@ impl fmt::Display for Kernel {
         match self {
             Self::Sparsify(kernel) => kernel.fmt(f),
             Self::Spmm(kernel) => kernel.fmt(f),
+            Self::RowStats(kernel) => kernel.fmt(f),
             Self::Fused(kernel) => kernel.fmt(f),
             Self::Probe(kernel) => kernel.fmt(f),
         }
@@ -66,7 +69,7 @@ impl Family {
     /// What its sparsify kernels apply to x, if they are asked to.
     pub fn activations(self) -> impl Iterator<Item = Activation> {
         let some = match self {
-            Self::Sm80 => &[][..],
+            Self::Sm80 => &[Activation::Norm][..],
             Self::Sm90 => &Activation::SOME,
         };
         iter::once(Activation::None).chain(some.iter().copied())
@@ -82,7 +85,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// `sparsify_{dtype}_r{capacity}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}{activation}`
+/// `sparsify_{dtype}_r{capacity}{activation}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}{activation}`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SparsifyKernel {
     /// Which GPUs it is written for.
@@ -91,7 +94,7 @@ pub struct SparsifyKernel {
     pub dtype: Dtype,
     /// Branch columns one block computes; 0: no branch. A larger rank is split over blocks along y.
     pub capacity: i64,
-    /// What it makes X of; in the sm80 family always nothing.
+    /// What it makes X of; in the sm80 family nothing or a norm.
     pub activation: Activation,
 }
 
@@ -164,7 +167,7 @@ impl fmt::Display for SparsifyKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { family, dtype, capacity, activation } = self;
         match family {
-            Family::Sm80 => write!(f, "sparsify_{dtype}_r{capacity}"),
+            Family::Sm80 => write!(f, "sparsify_{dtype}_r{capacity}{activation}"),
             Family::Sm90 => write!(f, "sparsify_{family}_{dtype}_r{capacity}{activation}"),
         }
     }
@@ -271,6 +274,29 @@ impl fmt::Display for SpmmKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tile { family, bm, bn, stages, .. } = self.tile;
         write!(f, "spmm_{family}_{}_{bm}x{bn}x{}_s{stages}", self.dtype, Tile::bk(self.dtype))
+    }
+}
+
+/// `row_stats_{dtype}`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RowStatsKernel {
+    /// Element type.
+    pub dtype: Dtype,
+}
+
+impl RowStatsKernel {
+    /// Warps of a block, each of which takes a row.
+    pub const WARPS: i64 = 4;
+
+    /// Every kernel.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Dtype::PLAIN.into_iter().map(|dtype| Self { dtype })
+    }
+}
+
+impl fmt::Display for RowStatsKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "row_stats_{}", self.dtype)
     }
 }
 
@@ -383,10 +409,12 @@ mod tests {
         assert_eq!(sparsify(Family::Sm80, Activation::None), "sparsify_bf16_r64");
         assert_eq!(sparsify(Family::Sm90, Activation::None), "sparsify_sm90_bf16_r64");
         assert_eq!(sparsify(Family::Sm90, Activation::SiluGate), "sparsify_sm90_bf16_r64_silu_gate");
+        assert_eq!(sparsify(Family::Sm80, Activation::Norm), "sparsify_bf16_r64_norm");
+        assert_eq!(RowStatsKernel { dtype: Dtype::F16 }.to_string(), "row_stats_f16");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0] }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[5] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
-        assert_eq!(SparsifyKernel::all().count(), 56);
+        assert_eq!(SparsifyKernel::all().count(), 80);
         assert_eq!(SpmmKernel::all().count(), 20);
     }
 
@@ -400,5 +428,8 @@ mod tests {
         assert_eq!(sparsify(Family::Sm90, Activation::None), [65536, 81920, 98304, 98304]);
         assert_eq!(sparsify(Family::Sm90, Activation::GeluTanh), [65536, 81920, 98304, 98304]);
         assert_eq!(sparsify(Family::Sm90, Activation::SiluGate), [65536, 73728, 81920, 98304]);
+        for family in [Family::Sm80, Family::Sm90] {
+            assert_eq!(sparsify(family, Activation::Norm), sparsify(family, Activation::None));
+        }
     }
 }

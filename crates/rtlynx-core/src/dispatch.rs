@@ -233,8 +233,19 @@ mod tests {
     }
 
     #[test]
+    fn norms_run_everywhere() {
+        let prologue = Prologue { activation: Activation::Norm, norm_rows: 32, ..Prologue::default() };
+        let problem = SparsifyProblem { prologue, ..sparsify(64, 48) };
+        for (arch, name) in [(h200(), "sparsify_sm90_f16_r64_norm"), (ampere(), "sparsify_f16_r64_norm")] {
+            let (kernel, launch) = plan_sparsify(&arch, &problem).unwrap();
+            assert_eq!(kernel.to_string(), name);
+            assert_eq!(launch, plan_sparsify(&arch, &sparsify(64, 48)).unwrap().1);
+        }
+    }
+
+    #[test]
     fn activations_run_on_hopper_only() {
-        for activation in Activation::SOME {
+        for activation in [Activation::GeluTanh, Activation::SiluGate] {
             let problem = SparsifyProblem { prologue: Prologue { activation, ld_gate: 3072, ..Prologue::default() }, ..sparsify(64, 48) };
             let (kernel, launch) = plan_sparsify(&h200(), &problem).unwrap();
             assert_eq!(kernel.to_string(), format!("sparsify_sm90_f16_r64{activation}"));

@@ -138,7 +138,7 @@ fn no_device_code(symbol: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{FusedKernel, ProbeKernel, SparsifyKernel, SpmmKernel};
+    use crate::config::{FusedKernel, ProbeKernel, RowStatsKernel, SparsifyKernel, SpmmKernel};
 
     #[test]
     fn what_is_embedded_is_what_is_launched() {
@@ -148,7 +148,7 @@ mod tests {
         }
         let embedded: BTreeSet<&str> = symbols().collect();
         let ops = SparsifyKernel::all().map(Kernel::Sparsify).chain(SpmmKernel::all().map(Kernel::Spmm));
-        let ops = ops.chain(FusedKernel::all().map(Kernel::Fused));
+        let ops = ops.chain(FusedKernel::all().map(Kernel::Fused)).chain(RowStatsKernel::all().map(Kernel::RowStats));
         let named: BTreeSet<String> = ops.chain(ProbeKernel::all().map(Kernel::Probe)).map(|kernel| kernel.to_string()).collect();
         let named: BTreeSet<&str> = named.iter().map(String::as_str).collect();
         assert_eq!(embedded, named, "left: embedded device code, right: crates/rtlynx-core/src/config.rs");

@@ -68,6 +68,10 @@ fn sparsify_params(problem: &SparsifyProblem, tensors: &SparsifyTensors) -> Spar
         rank: problem.rank as i32,
         branch_of_dropped: problem.branch_of_dropped.into(),
         eps: problem.eps,
+        norm_stats: tensors.norm_stats,
+        norm_weight: tensors.norm_weight,
+        norm_bias: tensors.norm_bias,
+        norm_rows: problem.prologue.norm_rows as i32,
     }
 }
 
@@ -91,6 +95,10 @@ fn sparsify_sm90_params(kernel: &SparsifyKernel, problem: &SparsifyProblem, tens
         branch_of_dropped: problem.branch_of_dropped.into(),
         eps: problem.eps,
         values_scale: problem.values_scale,
+        norm_stats: tensors.norm_stats,
+        norm_weight: tensors.norm_weight,
+        norm_bias: tensors.norm_bias,
+        norm_rows: problem.prologue.norm_rows as i32,
     })
 }
 

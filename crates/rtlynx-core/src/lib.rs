@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`probe`] | for the benches: what the tensor cores give when nothing has to be loaded |
 //! | [`fused`] | the two operations in one kernel: its problem, plan and launch |
+//! | [`row_stats`] | what a norm before the selection needs of its rows: its problem, plan and launch |
 //! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernelEx` |
 //! | [`kernels`] | the embedded device code and a lazy cache of loaded functions |
 //! | [`tuned`] | which kernels were measured fastest for which problems: they go before what dispatch estimates |
@@ -16,7 +17,7 @@
 //! | [`config`] | the kernels there are, as data: names, tiles, resources |
 //! | [`params`] | the struct each kernel takes, twin of `cuda/include/rtlynx/params.cuh` |
 //! | [`problem`] | which problems are valid |
-//! | [`prologue`] | what selection reads: an activation, a gate, a head |
+//! | [`prologue`] | what selection reads: an activation or a norm, a gate, a head |
 //! | [`format`](mod@format) | constants and sizes of the compressed format, twin of `cuda/include/rtlynx/format.cuh` |
 //! | [`error`] | everything that can go wrong |
 
@@ -33,6 +34,7 @@ pub mod params;
 pub mod probe;
 pub mod problem;
 pub mod prologue;
+pub mod row_stats;
 pub mod tensor_map;
 pub mod tuned;
 

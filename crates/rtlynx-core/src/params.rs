@@ -37,6 +37,14 @@ pub struct SparsifyParams {
     pub branch_of_dropped: i32,
     /// of the row scale
     pub eps: f32,
+    /// `[m, 2]` f32 mean and rstd of each row of x; not read without a norm
+    pub norm_stats: Address,
+    /// `[m / norm_rows, k]`, or null: ones
+    pub norm_weight: Address,
+    /// `[m / norm_rows, k]`, or null: zeros
+    pub norm_bias: Address,
+    /// rows of x that share a row of these
+    pub norm_rows: i32,
 }
 
 /// What the `sparsify_sm90_*` kernels take.
@@ -77,6 +85,34 @@ pub struct SparsifySm90Params {
     pub gate: CUtensorMap,
     /// columns of X that are head's
     pub head_k: i32,
+    /// `[m, 2]` f32 mean and rstd of each row of x; not read without a norm
+    pub norm_stats: Address,
+    /// `[m / norm_rows, k]`, or null: ones
+    pub norm_weight: Address,
+    /// `[m / norm_rows, k]`, or null: zeros
+    pub norm_bias: Address,
+    /// rows of x that share a row of these
+    pub norm_rows: i32,
+}
+
+/// What the `row_stats_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct RowStatsParams {
+    /// `[m, k]`, rows `ldx` elements apart
+    pub x: Address,
+    /// `[m, 2]` f32 out: mean and rstd of each row
+    pub stats: Address,
+    /// elements between rows of x
+    pub ldx: i64,
+    /// tokens
+    pub m: i32,
+    /// channels
+    pub k: i32,
+    /// 1: rstd of the deviations from the mean, 0: mean is 0, rstd of the elements
+    pub centered: i32,
+    /// added to the mean of squares
+    pub eps: f32,
 }
 
 /// What the `spmm_sm80_*` kernels take.
@@ -229,7 +265,9 @@ mod tests {
 
     #[test]
     fn structs_are_those_of_the_cuda_header() {
-        for name in ["SparsifyParams", "SparsifySm90Params", "SpmmParams", "SpmmSm90Params", "FusedParams", "ProbeParams"] {
+        let names =
+            ["SparsifyParams", "SparsifySm90Params", "RowStatsParams", "SpmmParams", "SpmmSm90Params", "FusedParams", "ProbeParams"];
+        for name in names {
             let expected: Vec<_> = fields(HEADER, name).into_iter().map(|(kind, field)| (twin(kind), field)).collect();
             assert!(expected.len() > 4, "{name}: {expected:?}");
             assert_eq!(rust_fields(name), expected, "{name}");

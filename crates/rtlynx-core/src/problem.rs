@@ -14,6 +14,8 @@ pub const SPARSE_LINEAR: &str = "sparse_linear";
 
 /// Bytes that kernels load and store at a time: what every tensor's first element must be aligned to.
 pub(crate) const VECTOR_BYTES: u64 = 16;
+/// Bytes of the mean and rstd of a row, which are loaded and stored together.
+pub(crate) const STATS_BYTES: u64 = 8;
 /// Elements of a 16-bit type in one vector.
 pub(crate) const VECTOR_ELEMENTS: i64 = 8;
 
@@ -109,19 +111,22 @@ impl SparsifyProblem {
         at_least_zero(SPARSIFY, "m", self.m)?;
         positive_multiple(SPARSIFY, "k", self.k, K_MULTIPLE)?;
         valid_rank(SPARSIFY, self.rank)?;
-        let Prologue { activation, head_k, ld_head, ld_gate } = self.prologue;
+        let Prologue { activation, head_k, ld_head, ld_gate, norm_rows } = self.prologue;
         if head_k < 0 || head_k >= self.k || head_k % K_MULTIPLE != 0 {
             return Err(Error::invalid(SPARSIFY, "head_k", head_k, format!("a multiple of {K_MULTIPLE} below k = {}", self.k)));
         }
-        if head_k > 0 && activation == Activation::None {
-            return Err(Error::invalid(SPARSIFY, "head_k", head_k, "0: without an activation x is all of X"));
+        if head_k > 0 && !activation.takes_head() {
+            return Err(Error::invalid(SPARSIFY, "head_k", head_k, "0: without an activation, and with a norm, X is made of x alone"));
         }
-        row_stride("ldx", self.ldx, self.x_columns())?;
+        if activation == Activation::Norm && (norm_rows <= 0 || self.m % norm_rows != 0) {
+            return Err(Error::invalid(SPARSIFY, "norm_rows", norm_rows, format!("a positive divisor of m = {}", self.m)));
+        }
+        row_stride(SPARSIFY, "ldx", self.ldx, self.x_columns())?;
         if head_k > 0 {
-            row_stride("ld_head", ld_head, head_k)?;
+            row_stride(SPARSIFY, "ld_head", ld_head, head_k)?;
         }
         if activation.has_gate() {
-            row_stride("ld_gate", ld_gate, self.x_columns())?;
+            row_stride(SPARSIFY, "ld_gate", ld_gate, self.x_columns())?;
         }
         valid_eps(SPARSIFY, self.eps)?;
         let scale = self.values_scale;
@@ -145,11 +150,11 @@ impl SparsifyProblem {
     }
 }
 
-fn row_stride(argument: &'static str, got: i64, columns: i64) -> Result<()> {
+pub(crate) fn row_stride(op: &'static str, argument: &'static str, got: i64, columns: i64) -> Result<()> {
     if got >= columns && got % VECTOR_ELEMENTS == 0 {
         Ok(())
     } else {
-        Err(Error::invalid(SPARSIFY, argument, got, format!("a multiple of {VECTOR_ELEMENTS}, at least {columns}")))
+        Err(Error::invalid(op, argument, got, format!("a multiple of {VECTOR_ELEMENTS}, at least {columns}")))
     }
 }
 
@@ -162,6 +167,12 @@ pub struct SparsifyTensors {
     pub gate: u64,
     /// `(m, head_k)` in dtype, row stride `ld_head`; absent when `head_k` is 0
     pub head: u64,
+    /// `(m, 2)` f32, mean and rstd of each row of x; absent without a norm
+    pub norm_stats: u64,
+    /// `(m / norm_rows, k)` in dtype, or absent
+    pub norm_weight: u64,
+    /// `(m / norm_rows, k)` in dtype, or absent
+    pub norm_bias: u64,
     /// `(k,)` f32 or absent
     pub score: u64,
     /// `(k,)` f32 or absent
@@ -186,9 +197,16 @@ impl SparsifyTensors {
         let Prologue { activation, head_k, .. } = problem.prologue;
         let gate = if activation.has_gate() { Presence::Required } else { Presence::Forbidden("the activation has none") };
         let head = if head_k > 0 { Presence::Required } else { Presence::Forbidden("head_k is 0") };
+        let (norm_stats, norm_vector) = match activation {
+            Activation::Norm => (Presence::Required, Presence::Optional),
+            _ => (Presence::Forbidden("there is no norm"), Presence::Forbidden("there is no norm")),
+        };
         pointer(SPARSIFY, "x", self.x, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSIFY, "gate", self.gate, gate, VECTOR_BYTES)?;
         pointer(SPARSIFY, "head", self.head, head, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "norm_stats", self.norm_stats, norm_stats, STATS_BYTES)?;
+        pointer(SPARSIFY, "norm_weight", self.norm_weight, norm_vector, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "norm_bias", self.norm_bias, norm_vector, VECTOR_BYTES)?;
         pointer(SPARSIFY, "score", self.score, Presence::Optional, VECTOR_BYTES)?;
         pointer(SPARSIFY, "shift", self.shift, Presence::Optional, VECTOR_BYTES)?;
         pointer(SPARSIFY, "comp_down", self.comp_down, branch, VECTOR_BYTES)?;
@@ -325,7 +343,7 @@ mod tests {
         m: 5,
         k: 128,
         ldx: 128,
-        prologue: Prologue { activation: Activation::None, head_k: 0, ld_head: 0, ld_gate: 0 },
+        prologue: Prologue { activation: Activation::None, head_k: 0, ld_head: 0, ld_gate: 0, norm_rows: 0 },
         rank: 16,
         norm_compensation: true,
         branch_of_dropped: true,
@@ -336,6 +354,9 @@ mod tests {
         x: 256,
         gate: 0,
         head: 0,
+        norm_stats: 0,
+        norm_weight: 0,
+        norm_bias: 0,
         score: 0,
         shift: 0,
         comp_down: 256,
@@ -429,7 +450,7 @@ mod tests {
 
     #[test]
     fn what_x_is_made_of_must_fit() {
-        let prologue = Prologue { activation: Activation::SiluGate, head_k: 64, ld_head: 72, ld_gate: 64 };
+        let prologue = Prologue { activation: Activation::SiluGate, head_k: 64, ld_head: 72, ld_gate: 64, ..Prologue::default() };
         let good = SparsifyProblem { prologue, ldx: 64, ..SPARSIFY_OK };
         good.validate().unwrap();
         let with = |prologue| refused(SparsifyProblem { prologue, ..good }.validate());
@@ -448,6 +469,30 @@ mod tests {
         let gelu = SparsifyProblem { prologue: Prologue { activation: Activation::GeluTanh, ..Prologue::default() }, ..SPARSIFY_OK };
         SPARSIFY_TENSORS.validate(&gelu).unwrap();
         assert_eq!(refused(SparsifyTensors { head: 256, ..SPARSIFY_TENSORS }.validate(&gelu)), "head");
+    }
+
+    #[test]
+    fn a_norm_must_fit() {
+        let prologue = Prologue { activation: Activation::Norm, norm_rows: 3, ..Prologue::default() };
+        let good = SparsifyProblem { m: 6, prologue, ..SPARSIFY_OK };
+        good.validate().unwrap();
+        SparsifyProblem { m: 0, ..good }.validate().unwrap();
+        for norm_rows in [-3, 0, 4, 12] {
+            let prologue = Prologue { norm_rows, ..prologue };
+            assert_eq!(refused(SparsifyProblem { prologue, ..good }.validate()), "norm_rows", "{norm_rows}");
+        }
+        let prologue = Prologue { head_k: 64, ld_head: 64, ..prologue };
+        assert_eq!(refused(SparsifyProblem { prologue, ..good }.validate()), "head_k");
+        let bare = SparsifyTensors { norm_stats: 8, ..SPARSIFY_TENSORS };
+        bare.validate(&good).unwrap();
+        SparsifyTensors { norm_weight: 16, norm_bias: 16, ..bare }.validate(&good).unwrap();
+        assert_eq!(refused(SparsifyTensors { norm_stats: 0, ..bare }.validate(&good)), "norm_stats");
+        assert_eq!(refused(SparsifyTensors { norm_stats: 4, ..bare }.validate(&good)), "norm_stats");
+        assert_eq!(refused(SparsifyTensors { norm_weight: 8, ..bare }.validate(&good)), "norm_weight");
+        assert_eq!(refused(SparsifyTensors { norm_bias: 8, ..bare }.validate(&good)), "norm_bias");
+        assert_eq!(refused(SparsifyTensors { gate: 16, ..bare }.validate(&good)), "gate");
+        assert_eq!(refused(bare.validate(&SPARSIFY_OK)), "norm_stats");
+        assert_eq!(refused(SparsifyTensors { norm_bias: 16, ..SPARSIFY_TENSORS }.validate(&SPARSIFY_OK)), "norm_bias");
     }
 
     #[test]

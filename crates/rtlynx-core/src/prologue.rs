@@ -15,6 +15,8 @@ pub struct Prologue {
     pub ld_head: i64,
     /// Elements from one row of the gate to the next.
     pub ld_gate: i64,
+    /// Rows of x that share a row of the norm's weight and bias.
+    pub norm_rows: i64,
 }
 
 /// What is applied to x before anything else, in float32.
@@ -27,15 +29,17 @@ pub enum Activation {
     GeluTanh,
     /// SiLU(x) times the gate.
     SiluGate,
+    /// `(x - mean) · rstd · weight + bias`, with mean and rstd of each row.
+    Norm,
 }
 
 impl Activation {
     /// Those that make X another tensor than x.
-    pub const SOME: [Self; 2] = [Self::GeluTanh, Self::SiluGate];
+    pub const SOME: [Self; 3] = [Self::GeluTanh, Self::SiluGate, Self::Norm];
 
-    /// Reads the name that `rtlynx.ops` has for it.
+    /// Reads the name that `rtlynx.launch` has for it.
     pub fn parse(op: &'static str, name: &str) -> Result<Self> {
-        let known = [Self::None, Self::GeluTanh, Self::SiluGate];
+        let known = [Self::None, Self::GeluTanh, Self::SiluGate, Self::Norm];
         let found = known.into_iter().find(|activation| activation.name() == name);
         found.ok_or_else(|| Error::invalid(op, "activation", name, known.map(Self::name).join(", ")))
     }
@@ -46,12 +50,18 @@ impl Activation {
             Self::None => "none",
             Self::GeluTanh => "gelu_tanh",
             Self::SiluGate => "silu_gate",
+            Self::Norm => "norm",
         }
     }
 
     /// Whether it reads a gate.
     pub const fn has_gate(self) -> bool {
         matches!(self, Self::SiluGate)
+    }
+
+    /// Whether channels that are taken as they are may come before it.
+    pub const fn takes_head(self) -> bool {
+        matches!(self, Self::GeluTanh | Self::SiluGate)
     }
 }
 
@@ -62,6 +72,7 @@ impl fmt::Display for Activation {
             Self::None => "",
             Self::GeluTanh => "_gelu_tanh",
             Self::SiluGate => "_silu_gate",
+            Self::Norm => "_norm",
         })
     }
 }
@@ -72,7 +83,7 @@ mod tests {
 
     #[test]
     fn names_are_those_of_the_python_op() {
-        for activation in [Activation::None, Activation::GeluTanh, Activation::SiluGate] {
+        for activation in [Activation::None, Activation::GeluTanh, Activation::SiluGate, Activation::Norm] {
             assert_eq!(Activation::parse("sparsify", activation.name()), Ok(activation));
         }
         let refused = Activation::parse("sparsify", "relu");

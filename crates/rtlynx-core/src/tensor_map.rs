@@ -186,7 +186,7 @@ impl SparsifyMaps {
     pub fn new(kernel: &SparsifyKernel, problem: &SparsifyProblem, tensors: &SparsifyTensors) -> Self {
         const UNIT: i64 = SparsifyKernel::UNIT_COLS;
         let element = Element::of(problem.dtype);
-        let SparsifyProblem { m, k, ldx, rank, prologue: Prologue { activation, head_k, ld_head, ld_gate }, .. } = *problem;
+        let SparsifyProblem { m, k, ldx, rank, prologue: Prologue { activation, head_k, ld_head, ld_gate, .. }, .. } = *problem;
         let rows = |address, columns, stride| {
             TensorMap::matrix(element, address, Dimension::new(columns, 1, UNIT), Dimension::new(m, stride, kernel.rows()))
         };
@@ -330,7 +330,7 @@ mod tests {
 
     #[test]
     fn the_head_has_the_first_columns_and_x_and_the_gate_the_others() {
-        let prologue = Prologue { activation: Activation::SiluGate, head_k: 128, ld_head: 136, ld_gate: 200 };
+        let prologue = Prologue { activation: Activation::SiluGate, head_k: 128, ld_head: 136, ld_gate: 200, ..Prologue::default() };
         let maps = maps_after(prologue, 0, 0);
         let map = |address, columns, stride| {
             TensorMap::matrix(Element::F16, address, Dimension::new(columns, 1, 64), Dimension::new(1000, stride, 64))

@@ -7,6 +7,7 @@ mod fused;
 mod info;
 mod ops;
 mod probe;
+mod row_stats;
 
 /// Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the layers above it.
 #[pymodule(gil_used = false)]
@@ -21,6 +22,8 @@ mod _core {
     use super::ops::{activations, sparse_linear, sparsify};
     #[pymodule_export]
     use super::probe::run;
+    #[pymodule_export]
+    use super::row_stats::run as row_stats;
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)] // Python's name for it

@@ -22,9 +22,13 @@ pub(crate) fn sparsify(
     head_k: i64,
     ld_head: i64,
     ld_gate: i64,
+    norm_rows: i64,
     x: u64,
     gate: u64,
     head: u64,
+    norm_stats: u64,
+    norm_weight: u64,
+    norm_bias: u64,
     score: u64,
     shift: u64,
     comp_down: u64,
@@ -37,15 +41,17 @@ pub(crate) fn sparsify(
     values_scale: f32,
 ) -> PyResult<()> {
     let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python)?;
-    let prologue = Prologue { activation: Activation::parse(SPARSIFY, activation).map_err(to_python)?, head_k, ld_head, ld_gate };
+    let activation = Activation::parse(SPARSIFY, activation).map_err(to_python)?;
+    let prologue = Prologue { activation, head_k, ld_head, ld_gate, norm_rows };
     let problem =
         SparsifyProblem { dtype, m, k, ldx, prologue, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps, values_scale };
-    let tensors = SparsifyTensors { x, gate, head, score, shift, comp_down, values, metadata, row_scale, branch };
+    let tensors =
+        SparsifyTensors { x, gate, head, norm_stats, norm_weight, norm_bias, score, shift, comp_down, values, metadata, row_scale, branch };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
     unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
 }
 
-/// What `sparsify` can apply to x on this GPU: "none", and on some GPUs more.
+/// What `sparsify` can apply to x on this GPU: "none", "norm", and on some GPUs more.
 #[pyfunction]
 pub(crate) fn activations(device_index: i32) -> PyResult<Vec<&'static str>> {
     Ok(launch::activations(device_index).map_err(to_python)?.into_iter().map(Activation::name).collect())

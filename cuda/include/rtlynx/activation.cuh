@@ -1,4 +1,5 @@
-// What a feed-forward layer applies between its two products, on registers of two elements: in float32, rounded once to T, as reference.py has it.
+// What selection may apply to what it reads, and of it what a feed-forward layer applies between its two products, on registers of two elements: in
+// float32, rounded once to T, as reference.py has it.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,7 @@ enum class Activation {
   kNone,
   kGeluTanh,  // GELU with tanh in place of the error function
   kSiluGate,  // SiLU(x) times a gate
+  kNorm,      // a norm of the row, with weight and bias (norm.cuh)
 };
 
 // x / (1 + e^-z): with one exponential and one reciprocal, as accurate near 0 as far from it. A large -z gives 0 of x's sign.

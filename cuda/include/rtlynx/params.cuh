@@ -22,6 +22,11 @@ struct SparsifyParams {
   int32_t rank;               // a multiple of 16, at most the kernel's rank capacity
   int32_t branch_of_dropped;  // 1: branch = (x - S(x)) comp_down, 0: branch = x comp_down
   float eps;                  // of the row scale
+  // Only kernels with a norm read these.
+  const float* norm_stats;  // [m, 2] mean and rstd of each row of x, 8-byte aligned
+  const void* norm_weight;  // [m / norm_rows, k], or null: ones
+  const void* norm_bias;    // [m / norm_rows, k], or null: zeros
+  int32_t norm_rows;        // rows of x that share a row of these
 };
 
 struct SparsifySm90Params {
@@ -43,6 +48,21 @@ struct SparsifySm90Params {
   CUtensorMap head;  // [m, head_k], boxes as of x; not read when head_k == 0
   CUtensorMap gate;  // [m, k - head_k], boxes as of x; not read without a gate
   int32_t head_k;    // columns of X that are head's, a multiple of 64; x has the k - head_k after them
+  // Only kernels with a norm read these.
+  const float* norm_stats;  // [m, 2] mean and rstd of each row of x, 8-byte aligned
+  const void* norm_weight;  // [m / norm_rows, k], or null: ones
+  const void* norm_bias;    // [m / norm_rows, k], or null: zeros
+  int32_t norm_rows;        // rows of x that share a row of these
+};
+
+struct RowStatsParams {
+  const void* x;     // [m, k], rows ldx elements apart, 16-byte aligned
+  float* stats;      // [m, 2] out: mean and rstd of each row, 8-byte aligned
+  int64_t ldx;       // elements between rows of x
+  int32_t m;         // tokens
+  int32_t k;         // channels, a multiple of 64
+  int32_t centered;  // 1: rstd of the deviations from the mean, 0: mean is 0, rstd of the elements
+  float eps;         // added to the mean of squares
 };
 
 struct SpmmParams {

@@ -1,4 +1,4 @@
-// sparsify_sm90: what sparsify.cu does, arranged for a GPU with clusters, wgmma and the copy engine. Two files of kernels are made of it.
+// sparsify_sm90: what sparsify.cu does, arranged for a GPU with clusters, wgmma and the copy engine. Three files of kernels are made of it.
 //
 // In sparsify.cu every 16 rows read all of comp_down from L2, which at rank 64 is four times the bytes of X. Here a block owns 64 rows, and the
 // cluster it belongs to shares K, so that there are enough blocks to fill the GPU. One warp copies stages to shared memory, eight work:
@@ -21,11 +21,12 @@
 // At the end each block of the cluster sums its share of the rows over all blocks, through distributed shared memory, in a fixed order.
 //
 // With an activation (activation.cuh) X is made of what is read: its first head_k columns are those of `head`, the others act(x), or act(x) times
-// `gate`, which then has a place of its own in every stage.
+// `gate`, which then has a place of its own in every stage. With a norm (norm.cuh) X is that of what is read; it has no head.
 #pragma once
 
 #include "rtlynx/activation.cuh"
 #include "rtlynx/lane_tile.cuh"
+#include "rtlynx/norm.cuh"
 #include "rtlynx/ptx/cluster.cuh"
 #include "rtlynx/ptx/cp_async.cuh"
 #include "rtlynx/ptx/grid.cuh"
@@ -114,7 +115,7 @@ __device__ __forceinline__ void copy_stages(const SparsifySm90Params& p, Stages<
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         const int column = unit_column(block_column, unit, s);
-        if constexpr (kActivation == Activation::kNone) {
+        if constexpr (kActivation == Activation::kNone || kActivation == Activation::kNorm) {
           ptx::tma_load_2d(stages.x(unit), p.x, column, block_row, stages.full());
         } else if (column < p.head_k) {
           ptx::tma_load_2d(stages.x(unit), p.head, column, block_row, stages.full());
@@ -196,12 +197,13 @@ __device__ __forceinline__ float2 sum_over_cluster(uint32_t shared, uint32_t uni
 // A rank larger than the capacity is split over blockIdx.y; only blocks with blockIdx.y == 0 write what does not belong to the branch.
 template <class T, class Operand, int kRankCapacity, Activation kActivation>
 __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
-  constexpr bool kGated = kActivation == Activation::kSiluGate;
+  constexpr bool kGated = kActivation == Activation::kSiluGate, kNormed = kActivation == Activation::kNorm;
   using Ring = Stages<kRankCapacity, kGated>;
   constexpr int kCount = kRankCapacity ? kRankCapacity / 2 : 4;  // accumulators of a lane: 2 rows x a quarter of the columns
   static_assert(kUnits * kRows * kRankCapacity * 4 <= Ring::kCount * Ring::kStageBytes, "the partial branch takes the place of the stages");
   __shared__ __align__(8) float2 norms[kUnits][kRows];  // ‖X‖² and ‖S(X)‖² over this block's columns
   __shared__ __align__(8) uint64_t barriers[2 * Ring::kCount];
+  __shared__ RowNorm row_norms[kNormed ? kRows : 1];
   extern __shared__ __align__(1024) uint8_t memory[];  // the stages; at the end the partial branch, [kUnits][kRows][kRankCapacity] floats
   Ring ring{ptx::shared_address(memory), ptx::shared_address(barriers)};
 
@@ -217,6 +219,9 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
       ptx::mbarrier_init(ring.barriers + (Ring::kCount + s) * 8, kWarps);
     }
     ptx::fence_mbarrier_init();
+  }
+  if constexpr (kNormed) {
+    if (threadIdx.x < kRows) row_norms[threadIdx.x] = RowNorm(p, min(block_row + static_cast<int>(threadIdx.x), p.m - 1));
   }
   ptx::let_next_grid_start();  // the GEMM waits for the results itself
   __syncthreads();
@@ -240,6 +245,7 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
         if (col0 < p.k) {
           const int box_row = row_tile * kTileRows + g;
           LaneTile x = read_tile<T, kActivation>(ring.x(unit), ring.gate(unit), col0 < p.head_k, box_row, q);
+          if constexpr (kNormed) normalize<T>(p, row_norms + box_row, row, col, x);
           if (p.shift) subtract_shift<T>(p, row, col, x);
           const SelectedTile<T> selected(p, col, x);
           if constexpr (kRankCapacity > 0) project<T, kDownSwizzle<kRankCapacity>>(ring.down(unit), selected.branch_input, d);

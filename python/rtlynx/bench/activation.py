@@ -1,18 +1,21 @@
-"""What the activation before a selection costs: in the selection's kernel, and as a pass of its own before it."""
+"""What the activation or the norm before a selection costs: in the selection's kernel, and as a pass of its own before it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rtlynx import ops
 from rtlynx.bench.timing import time_interleaved
 from rtlynx.fp8 import missing_kernels
 from rtlynx.reference import E4M3, Activation, activated
+from rtlynx.row_stats import row_stats
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,22 @@ BEFORE: tuple[Before, ...] = (
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A selection of a real model from the norm of M tokens of K channels, of one sample."""
+
+    m: int
+    k: int
+    norm: Literal["layer_norm", "rms_norm"]
+
+
+NORMS: tuple[Norm, ...] = (
+    Norm(4096, 3072, "layer_norm"),  # FLUX.1, Qwen-Image: the image stream, modulated
+    Norm(4608, 3072, "layer_norm"),  # FLUX.1: a single-stream block
+    Norm(4224, 3840, "rms_norm"),  # Z-Image
+)
+
+
+@dataclass(frozen=True)
 class ActivationTimes:
     """One row of activation.csv. Times are milliseconds, all with norm compensation and a branch.
 
@@ -42,13 +61,13 @@ class ActivationTimes:
         m: Tokens.
         k: Channels of X.
         head_k: How many of them come ahead of the activation.
-        activation: See `rtlynx.reference.activated`.
+        activation: See `rtlynx.reference.activated`; or which of `NORMS`.
         rank: Of the branch.
         values: "bf16" or "e4m3".
         select_ms: Selection from an X that is in memory.
-        fused_ms: `rtlynx.ops.sparsify` with the activation.
-        eager_ms: The activation and the concatenation by torch, as diffusers has them, then selection.
-        compiled_ms: The same with the two compiled to one kernel.
+        fused_ms: `rtlynx.ops.sparsify` with the activation; with the norm, and `rtlynx.row_stats.row_stats` before it.
+        eager_ms: The activation and the concatenation by torch, as diffusers has them, then selection; the norm by torch's one kernel.
+        compiled_ms: The same with what comes before selection compiled to one kernel.
         copy_ms: A device copy of as many bytes as `fused_ms` has to move.
     """
 
@@ -101,6 +120,43 @@ def measure_activation(before: Before, rank: int, repeats: int = 30) -> list[Act
         }
         times = time_interleaved(calls, repeats)
         rows.append(ActivationTimes(m, k, head_k, activation, rank, name, **{f"{what}_ms": ms for what, ms in times.items()}))
+    return rows
+
+
+@torch.no_grad()
+def measure_norm(before: Norm, rank: int, repeats: int = 30) -> list[ActivationTimes]:
+    """Time one of `NORMS` on the current device, with every type of values that its kernels store."""
+    torch.manual_seed(before.m + before.k)
+    m, k, centered = before.m, before.k, before.norm == "layer_norm"
+    h, weight = _random(m, k), 1 + _random(k) / 4
+    bias = _random(k) / 4 if centered else None
+    down = _random(k, rank) / math.sqrt(k) if rank else None
+
+    def norm(h: Tensor) -> Tensor:
+        if bias is None:
+            return F.rms_norm(h, (k,), weight, 1e-6)
+        return F.layer_norm(h, (k,), weight, bias, 1e-6)
+
+    whole, made = norm(h), torch.compile(norm, fullgraph=True)
+    rows = []
+    for name, values_dtype in (("bf16", None), ("e4m3", E4M3)):
+        if values_dtype is not None and missing_kernels(h.device):
+            continue
+
+        def select(x: Tensor, *norm: Tensor | None, values_dtype: torch.dtype | None = values_dtype) -> object:
+            stats, of_columns, added = norm or (None, None, None)
+            return ops.sparsify(x, comp_down=down, values_dtype=values_dtype, norm_stats=stats, norm_weight=of_columns, norm_bias=added)
+
+        moved = 2 * h.numel() * 2 + h.numel() // 2 * (2 if values_dtype is None else 1) + h.numel() // 8 + 2 * rank * (m + k)
+        calls: dict[str, Callable[[], object]] = {
+            "select": lambda: select(whole),
+            "fused": lambda: select(h, row_stats(h, centered), weight, bias),
+            "eager": lambda: select(norm(h)),
+            "compiled": lambda: select(made(h)),
+            "copy": _copy_that_moves(moved),
+        }
+        times = time_interleaved(calls, repeats)
+        rows.append(ActivationTimes(m, k, 0, before.norm, rank, name, **{f"{what}_ms": ms for what, ms in times.items()}))
     return rows
 
 

@@ -155,18 +155,19 @@ def activation(
     out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
 ) -> None:
-    """Time selection with the activation before it in its kernel, and with a pass of its own before it."""
+    """Time selection with the activation or the norm before it in its kernel, and with a pass of its own before it."""
     from dataclasses import asdict
 
     from rich.console import Console
 
     require_gpu()
-    from rtlynx.bench.activation import BEFORE, ActivationTimes, measure_activation
+    from rtlynx.bench.activation import BEFORE, NORMS, ActivationTimes, measure_activation, measure_norm
     from rtlynx.bench.machine import describe, gpu_slug
     from rtlynx.bench.results import write_csv
     from rtlynx.report.table import Column, terminal_table
 
     rows = [row for before in BEFORE for row in measure_activation(before, rank, repeats)]
+    rows += [row for norm in NORMS for row in measure_norm(norm, rank, repeats)]
     columns = [Column(key, key) for key in ("m", "k", "head_k", "activation", "values")]
     columns += [Column(f"{key}_ms", f"{key} ms", "{:.4f}") for key in ("select", "fused", "eager", "compiled", "copy")]
     console = Console(highlight=False)
