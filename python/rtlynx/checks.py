@@ -65,6 +65,7 @@ def check_sparsify(
     activation: str,
     gate: Tensor | None,
     head: Tensor | None,
+    places: Tensor | None,
 ) -> int:
     """Refuse arguments of `rtlynx.ops.sparsify` that do not fit; returns K."""
     op = "sparsify"
@@ -85,6 +86,8 @@ def check_sparsify(
         check(op, "score", score, (k,), torch.float32, x.device)
     if shift is not None:
         check(op, "shift", shift, (k,), torch.float32, x.device)
+    if places is not None:  # that they are a permutation is known of a layer's, and would take a pass to know of others
+        check(op, "places", places, (k,), torch.uint8, x.device)
     if comp_down is not None:
         check(op, "comp_down", comp_down, (k, None), x.dtype, x.device)
         check_rank(op, "comp_down", comp_down.shape[1])

@@ -16,7 +16,7 @@ _library = torch.library.Library("rtlynx", "FRAGMENT")
 _library.define(
     "sparsify_into(Tensor x, Tensor? gate, Tensor? head, Tensor? score, Tensor? shift, Tensor? comp_down, Tensor(a!) values,"
     " Tensor(b!) metadata, Tensor(c!)? row_scale, Tensor(d!)? branch, bool branch_of_dropped, float eps, float values_scale,"
-    " str activation) -> ()"
+    " str activation, Tensor? places=None) -> ()"
 )
 _library.define(
     "sparse_linear_into(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
@@ -39,13 +39,13 @@ def _sparsify_cpu(
     eps: float,
     values_scale: float,
     activation: reference.Activation,
+    places: Tensor | None = None,
 ) -> None:
     branch_input: reference.BranchInput = "dropped" if branch_of_dropped else "input"
     values_dtype = None if values.dtype == x.dtype else values.dtype
     selection = score, shift, comp_down, branch_input, row_scale is not None, eps, values_dtype, values_scale
-    for into, computed in zip(
-        (values, metadata, row_scale, branch), reference.sparsify(x, *selection, activation, gate, head), strict=True
-    ):
+    made = reference.sparsify(x, *selection, activation, gate, head, places)
+    for into, computed in zip((values, metadata, row_scale, branch), made, strict=True):
         if into is not None:
             into.copy_(computed)
 

@@ -34,6 +34,7 @@ def sparsify(
     eps: float,
     values_scale: float,
     activation: str,
+    places: Tensor | None = None,
 ) -> None:
     """Enqueue `rtlynx.ops.sparsify` on the current stream of its device, to write ``values``, ``metadata``, ``row_scale``, ``branch``.
 
@@ -61,6 +62,7 @@ def sparsify(
         0 if head is None else head.data_ptr(),
         0 if score is None else score.data_ptr(),
         0 if shift is None else shift.data_ptr(),
+        0 if places is None else places.data_ptr(),
         0 if comp_down is None else comp_down.data_ptr(),
         values.data_ptr(),
         metadata.data_ptr(),

@@ -24,8 +24,8 @@ __all__ = ["Sparsified", "sparse_linear", "sparsify"]
 _library = torch.library.Library("rtlynx", "DEF")
 _library.define(
     "sparsify(Tensor x, Tensor? score, Tensor? shift, Tensor? comp_down, str branch_input, bool norm_compensation, float eps,"
-    ' ScalarType? values_dtype=None, float values_scale=1.0, str activation="none", Tensor? gate=None, Tensor? head=None)'
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    ' ScalarType? values_dtype=None, float values_scale=1.0, str activation="none", Tensor? gate=None, Tensor? head=None,'
+    " Tensor? places=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
@@ -46,11 +46,12 @@ def sparsify(
     activation: Activation = "none",
     gate: Tensor | None = None,
     head: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
     """Keep the 2 largest of every 4 channels of each token and compress them; in the same pass measure the row and feed the branch.
 
-    With ``X = cat([head, act(x)], 1)`` (act in float32, rounded to T; without `activation` and `head` it is x), ``X' = X - shift``
-    (float32, rounded to T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
+    With ``X = cat([head, act(x)], 1)`` (act in float32, rounded to T; without `activation` and `head` it is x), its channels gathered by
+    `places`, ``X' = X - shift`` (float32, rounded to T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
 
         s      = sqrt(‖X'‖² / (‖S(X')‖² + eps))        norm compensation of RT-Lynx (arXiv 2605.26632); 1 when it is off
         branch = X' · comp_down                        branch_input = "input": the paper's branch
@@ -72,6 +73,8 @@ def sparsify(
             ``"silu_gate"`` (``silu(x) · gate``). `head` is taken as it is.
         gate: ``(M, K - K0)`` of dtype T with ``"silu_gate"``, else None.
         head: optional ``(M, K0)`` of dtype T, the channels before those of x.
+        places: optional ``(K,)`` uint8 that gathers the channels of X first, see `rtlynx.reference.permutation_of`; `score`, `shift`,
+            `comp_down` and all that is returned are in the gathered order. What is no such permutation gives a result of no meaning.
 
     Returns:
         `Sparsified`: values ``(M, K/2)``, metadata int32, row_scale ``(M,)`` float32 (``(0,)`` when off), branch ``(M, r)`` (``(M, 0)``
@@ -86,8 +89,8 @@ def sparsify(
         DeviceError: the GPU path cannot run on this machine.
     """
     selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
-    arguments = x, *selection, activation, gate, head
-    if direct(x, score, shift, comp_down, gate, head):
+    arguments = x, *selection, activation, gate, head, places
+    if direct(x, score, shift, comp_down, gate, head, places):
         return _sparsify_cuda(*arguments)
     return Sparsified(*torch.ops.rtlynx.sparsify(*arguments))
 
@@ -148,10 +151,11 @@ def _sparsify_cpu(
     activation: Activation = "none",
     gate: Tensor | None = None,
     head: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
-    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
+    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head, places)
     selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
-    return reference.sparsify(x, *selection, activation, gate, head)
+    return reference.sparsify(x, *selection, activation, gate, head, places)
 
 
 def _sparsify_outputs(x: Tensor, k: int, comp_down: Tensor | None, norm_compensation: bool, values_dtype: torch.dtype | None) -> Sparsified:
@@ -177,8 +181,9 @@ def _sparsify_fake(
     activation: Activation = "none",
     gate: Tensor | None = None,
     head: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
-    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
+    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head, places)
     teach()
     return _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
 
@@ -196,9 +201,10 @@ def _sparsify_cuda(
     activation: Activation = "none",
     gate: Tensor | None = None,
     head: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
-    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head)
-    checks.check_contiguous("sparsify", ("score", "shift", "comp_down"), (score, shift, comp_down))
+    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, activation, gate, head, places)
+    checks.check_contiguous("sparsify", ("score", "shift", "comp_down", "places"), (score, shift, comp_down, places))
     if (activation != "none" or head is not None) and (activation == "none" or not selection_does(x.device, activation)):
         x, activation, gate, head = reference.activated(x, activation, gate, head), "none", None, None
     out = _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
@@ -218,14 +224,15 @@ def _sparsify_cuda(
         eps,
         values_scale,
         activation,
+        places,
     )
     return out
 
 
 def _sparsify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, shift, comp_down, branch_input, _, _, values_dtype, _, activation, gate, head = inputs
+    x, _, shift, comp_down, branch_input, _, _, values_dtype, _, activation, gate, head, places = inputs
     _, metadata, _, _ = output
-    ctx.save_for_backward(x, shift, comp_down, gate, head, metadata)  # the activation is computed again, not kept
+    ctx.save_for_backward(x, shift, comp_down, gate, head, places, metadata)  # the activation is computed again, not kept
     ctx.branch_input, ctx.values_dtype, ctx.activation = branch_input, values_dtype, activation
 
 
@@ -233,21 +240,23 @@ def _sparsify_backward(
     ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_scale: Tensor, grad_branch: Tensor
 ) -> tuple[Tensor | None, ...]:
     _refuse_fp8_gradient("sparsify", ctx.values_dtype)
-    x, shift, comp_down, gate, head, metadata = ctx.saved_tensors
+    x, shift, comp_down, gate, head, places, metadata = ctx.saved_tensors
     m, half = grad_values.shape
     columns = reference.kept_columns(metadata, m, half * 2)
     grad = grad_values.new_zeros(m, half * 2).scatter_(1, columns, grad_values)
     grad_down = None
     if comp_down is not None:
-        z = reference.shifted(reference.activated(x, ctx.activation, gate, head), shift)
+        z = reference.shifted(reference.gathered(reference.activated(x, ctx.activation, gate, head), places), shift)
         grad_z = grad_branch @ comp_down.T
         if ctx.branch_input == "dropped":
             z, grad_z = z.scatter(1, columns, 0), grad_z.scatter(1, columns, 0)
         grad = grad + grad_z
         grad_down = z.T @ grad_branch
     grad_shift = -grad.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+    if places is not None:
+        grad = torch.empty_like(grad).index_copy(1, reference.permutation_of(places), grad)
     grad_x, grad_gate, grad_head = reference.activated_backward(grad, x, ctx.activation, gate, head)
-    return grad_x, None, grad_shift, grad_down, *[None] * 6, grad_gate, grad_head
+    return grad_x, None, grad_shift, grad_down, *[None] * 6, grad_gate, grad_head, None
 
 
 def _refuse_fp8_gradient(op: str, values_dtype: torch.dtype | None) -> None:

@@ -91,6 +91,8 @@ pub struct SparsifyProblem {
     pub ldx: i64,
     /// How X is made of x.
     pub prologue: Prologue,
+    /// Whether the channels of X are gathered before anything is selected.
+    pub gathered: bool,
     /// Rank of the branch; 0 for none.
     pub rank: i64,
     /// Whether the norm compensation factor of every row is computed.
@@ -166,6 +168,8 @@ pub struct SparsifyTensors {
     pub score: u64,
     /// `(k,)` f32 or absent
     pub shift: u64,
+    /// `(k,)` u8; absent where channels are not gathered
+    pub places: u64,
     /// `(k, rank)` in dtype, absent without a branch
     pub comp_down: u64,
     /// `(m, k/2)` in the operands' type, written
@@ -186,11 +190,13 @@ impl SparsifyTensors {
         let Prologue { activation, head_k, .. } = problem.prologue;
         let gate = if activation.has_gate() { Presence::Required } else { Presence::Forbidden("the activation has none") };
         let head = if head_k > 0 { Presence::Required } else { Presence::Forbidden("head_k is 0") };
+        let places = if problem.gathered { Presence::Required } else { Presence::Forbidden("channels are not gathered") };
         pointer(SPARSIFY, "x", self.x, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSIFY, "gate", self.gate, gate, VECTOR_BYTES)?;
         pointer(SPARSIFY, "head", self.head, head, VECTOR_BYTES)?;
         pointer(SPARSIFY, "score", self.score, Presence::Optional, VECTOR_BYTES)?;
         pointer(SPARSIFY, "shift", self.shift, Presence::Optional, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "places", self.places, places, VECTOR_BYTES)?;
         pointer(SPARSIFY, "comp_down", self.comp_down, branch, VECTOR_BYTES)?;
         pointer(SPARSIFY, "values", self.values, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSIFY, "metadata", self.metadata, Presence::Required, VECTOR_BYTES)?;
@@ -326,6 +332,7 @@ mod tests {
         k: 128,
         ldx: 128,
         prologue: Prologue { activation: Activation::None, head_k: 0, ld_head: 0, ld_gate: 0 },
+        gathered: false,
         rank: 16,
         norm_compensation: true,
         branch_of_dropped: true,
@@ -338,6 +345,7 @@ mod tests {
         head: 0,
         score: 0,
         shift: 0,
+        places: 0,
         comp_down: 256,
         values: 256,
         metadata: 256,
@@ -417,6 +425,11 @@ mod tests {
         assert_eq!(tensors(|t| t.x = 264, SPARSIFY_OK), "x");
         assert_eq!(tensors(|t| t.branch = 0, SPARSIFY_OK), "branch");
         assert_eq!(tensors(|t| t.score = 4, SPARSIFY_OK), "score");
+        let gathered = SparsifyProblem { gathered: true, ..SPARSIFY_OK };
+        SparsifyTensors { places: 16, ..SPARSIFY_TENSORS }.validate(&gathered).unwrap();
+        assert_eq!(tensors(|t| t.places = 8, gathered), "places");
+        assert_eq!(tensors(|_| {}, gathered), "places");
+        assert_eq!(tensors(|t| t.places = 16, SPARSIFY_OK), "places");
         assert_eq!(tensors(|_| {}, SparsifyProblem { rank: 0, ..SPARSIFY_OK }), "comp_down");
         assert_eq!(tensors(|_| {}, SparsifyProblem { norm_compensation: false, ..SPARSIFY_OK }), "row_scale");
         assert_eq!(refused(SparseLinearTensors { bias: 2, ..LINEAR_TENSORS }.validate(&LINEAR_OK)), "bias");
