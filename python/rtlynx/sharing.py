@@ -49,7 +49,7 @@ def share_inputs(root: nn.Module, enabled: bool = True) -> None:
         members[0].update_score()
 
 
-_IN_COMMON = ("permutation", "comp_down", "shift", "score")
+_IN_COMMON = ("permutation", "places", "comp_down", "shift", "score")
 """What layers of a group hold as one object where it is equal."""
 
 
