@@ -14,6 +14,15 @@
 // Sums across warps go through shared memory in a fixed order: the result does not depend on scheduling.
 //
 // With a norm (norm.cuh) what is read is not X, but what X is the norm of.
+//
+// Of gathered channels (format.cuh) a quad has all 64 of a unit when each of its lanes has loaded one piece. They exchange them through 2 KB of
+// shared memory that are the warp's own, a row of 128 bytes for each of the 16 rows:
+//
+//              piece 0        1        2        3
+//            +----+----+----+----+----+----+----+----+
+//   row 0    |  0 |  1 |  2 |  3 |  4 |  5 |  6 |  7 |     16 bytes each; in row r chunk c stands at c xor r % 8, so that neither the
+//   row 1    |  1 |  0 |  3 |  2 |  5 |  4 |  7 |  6 |     stores of a quad nor a column of eight rows share their banks
+//    ...
 
 #include "rtlynx/lane_tile.cuh"
 #include "rtlynx/norm.cuh"
@@ -62,6 +71,38 @@ __device__ __forceinline__ void project(const SparsifyParams& p, int col, int n,
   }
 }
 
+constexpr int kExchangeRowBytes = kWordCols * 2;
+constexpr int kExchangeBytes = kTileRows * kExchangeRowBytes;
+
+// The lane's 16 gathered columns of rows g and g + 8, out of the pieces that the quad has loaded. The whole warp must call it.
+__device__ __forceinline__ LaneTile exchange(uint8_t* memory, const uint8_t* places, int g, int q, const LaneTile& pieces) {
+  uint8_t* rows[2] = {memory + g * kExchangeRowBytes, memory + (g + 8) * kExchangeRowBytes};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t (&r)[kLanePairs] = pieces.pairs[half];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      auto* chunk = reinterpret_cast<uint4*>(rows[half] + (2 * q + i ^ g) * 16);
+      *chunk = make_uint4(r[4 * i], r[4 * i + 1], r[4 * i + 2], r[4 * i + 3]);
+    }
+  }
+  __syncwarp();
+  const uint4 own = __ldg(reinterpret_cast<const uint4*>(places));
+  const uint32_t words[4] = {own.x, own.y, own.z, own.w};
+  LaneTile tile = {};
+#pragma unroll
+  for (int j = 0; j < kLaneCols; ++j) {
+    const int place = words[j / 4] >> 8 * (j % 4) & (kWordCols - 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t x = *reinterpret_cast<const uint16_t*>(rows[half] + (2 * place ^ 16 * g));
+      tile.pairs[half][j / 2] |= x << 16 * (j % 2);
+    }
+  }
+  __syncwarp();  // before the next unit's are stored
+  return tile;
+}
+
 // Where column n of a row stands in a warp's partial sums. Without the exclusive or, the 8 rows a warp stores at once would share their banks.
 template <int kRankCapacity>
 __device__ __forceinline__ int partial_place(int row, int n) {
@@ -70,12 +111,13 @@ __device__ __forceinline__ int partial_place(int row, int n) {
 
 // kRankCapacity: the branch columns there are accumulators for (0: no branch). A larger rank is split over blockIdx.y, each block selecting
 // anew: the second read of X comes from L2. Only blocks with blockIdx.y == 0 write what does not belong to the branch.
-template <class T, int kRankCapacity, bool kNormed>
+template <class T, int kRankCapacity, bool kNormed, bool kGathered>
 __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   constexpr int kPiece = kRankCapacity ? kRankCapacity / 8 : 1;  // branch columns a lane reads, and the number of n-tiles
   __shared__ float2 norms[kWarps][kTileRows];                    // ‖X‖² and ‖S(X)‖² by warp and row
   __shared__ RowNorm row_norms[kNormed ? kTileRows : 1];
-  extern __shared__ float partial[];  // [kWarps][kTileRows][kRankCapacity] branch sums by warp
+  // [kWarps][kTileRows][kRankCapacity] branch sums by warp; before, what the warps exchange
+  extern __shared__ __align__(16) float partial[];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int row0 = blockIdx.x * kTileRows, row = row0 + g;
@@ -90,14 +132,15 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
     if (threadIdx.x < kTileRows) row_norms[threadIdx.x] = RowNorm(p, min(row0 + static_cast<int>(threadIdx.x), p.m - 1));
     __syncthreads();
   }
-  LaneTile next = load_tile(p, row, warp * kWordCols + q * kLaneCols);
+  LaneTile next = load_tile<kGathered>(p, row, warp * kWordCols + q * kLaneCols);
   for (int unit = warp; unit < units; unit += kWarps) {
     const int col0 = unit * kWordCols, col = col0 + q * kLaneCols;
     LaneTile x = next;
-    next = load_tile(p, row, col + kWarps * kWordCols);  // in flight while this unit is worked on
+    next = load_tile<kGathered>(p, row, col + kWarps * kWordCols);  // in flight while this unit is worked on
 
     uint32_t word = kPaddingWord;
     if (col0 < p.k) {
+      if constexpr (kGathered) x = exchange(reinterpret_cast<uint8_t*>(partial) + warp * kExchangeBytes, p.places + col, g, q, x);
       if constexpr (kNormed) normalize<T>(p, row_norms + g, row, col, x);
       if (p.shift) subtract_shift<T>(p, row, col, x);
       const SelectedTile<T> selected(p, col, x);
@@ -129,6 +172,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   }
 
   if constexpr (kRankCapacity > 0) {
+    if constexpr (kGathered) __syncthreads();  // the last unit has been exchanged
     // Columns 2q and 2q + 1 of the tiles make up pieces 2q and 2q + 1 of the branch's columns.
     float* mine = partial + warp * kTileRows * kRankCapacity;
 #pragma unroll
@@ -162,20 +206,22 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, rank_capacity, normed)                                 \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity > 32 ? 1 \
-                                                                 : rank_capacity    ? 2 \
-                                                                                    : 3)   \
-      name(const __grid_constant__ rtlynx::SparsifyParams p) {                          \
-    rtlynx::sparsify<rtlynx::T, rank_capacity, normed>(p);                              \
+#define RTLYNX_SPARSIFY(name, T, rank_capacity, normed, gathered)                                 \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity > 32          ? 1  \
+                                                                 : rank_capacity || gathered ? 2  \
+                                                                                             : 3) \
+      name(const __grid_constant__ rtlynx::SparsifyParams p) {                                    \
+    rtlynx::sparsify<rtlynx::T, rank_capacity, normed, gathered>(p);                              \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T, suffix, normed) \
-  RTLYNX_SPARSIFY(prefix##_r0##suffix, T, 0, normed)     \
-  RTLYNX_SPARSIFY(prefix##_r16##suffix, T, 16, normed)   \
-  RTLYNX_SPARSIFY(prefix##_r32##suffix, T, 32, normed)   \
-  RTLYNX_SPARSIFY(prefix##_r64##suffix, T, 64, normed)
+#define RTLYNX_SPARSIFY_RANKS(prefix, T, suffix, normed, gathered) \
+  RTLYNX_SPARSIFY(prefix##_r0##suffix, T, 0, normed, gathered)     \
+  RTLYNX_SPARSIFY(prefix##_r16##suffix, T, 16, normed, gathered)   \
+  RTLYNX_SPARSIFY(prefix##_r32##suffix, T, 32, normed, gathered)   \
+  RTLYNX_SPARSIFY(prefix##_r64##suffix, T, 64, normed, gathered)
+#define RTLYNX_SPARSIFY_TYPES(suffix, normed, gathered)               \
+  RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16, suffix, normed, gathered) \
+  RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16, suffix, normed, gathered)
 
-RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16, , false)
-RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16, , false)
-RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16, _norm, true)
-RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16, _norm, true)
+RTLYNX_SPARSIFY_TYPES(, false, false)
+RTLYNX_SPARSIFY_TYPES(_norm, true, false)
+RTLYNX_SPARSIFY_TYPES(_gathered, false, true)

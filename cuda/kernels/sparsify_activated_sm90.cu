@@ -2,5 +2,5 @@
 
 #include "rtlynx/sparsify_sm90.cuh"
 
-RTLYNX_SPARSIFY_TYPES(_gelu_tanh, kGeluTanh)
-RTLYNX_SPARSIFY_TYPES(_silu_gate, kSiluGate)
+RTLYNX_SPARSIFY_TYPES(_gelu_tanh, kGeluTanh, false)
+RTLYNX_SPARSIFY_TYPES(_silu_gate, kSiluGate, false)

@@ -2,4 +2,4 @@
 
 #include "rtlynx/sparsify_sm90.cuh"
 
-RTLYNX_SPARSIFY_TYPES(, kNone)
+RTLYNX_SPARSIFY_TYPES(, kNone, false)

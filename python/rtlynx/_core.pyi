@@ -92,7 +92,7 @@ def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str
     Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """
 
-def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, activation: str, head_k: SupportsIndex, ld_head: SupportsIndex, ld_gate: SupportsIndex, norm_rows: SupportsIndex, x: SupportsIndex, gate: SupportsIndex, head: SupportsIndex, norm_stats: SupportsIndex, norm_weight: SupportsIndex, norm_bias: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
+def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, activation: str, head_k: SupportsIndex, ld_head: SupportsIndex, ld_gate: SupportsIndex, norm_rows: SupportsIndex, x: SupportsIndex, gate: SupportsIndex, head: SupportsIndex, norm_stats: SupportsIndex, norm_weight: SupportsIndex, norm_bias: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, places: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:
     """
     Enqueue selection, compression, row norms and the branch's projection. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """

@@ -68,6 +68,7 @@ def check_sparsify(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> int:
     """Refuse arguments of `rtlynx.ops.sparsify` that do not fit; returns K."""
     op = "sparsify"
@@ -85,11 +86,13 @@ def check_sparsify(
             raise InvalidArgumentError(op, "head", f"{head.shape[1]} channels", f"a multiple of {K_MULTIPLE}")
         k += head.shape[1]
     if norm_stats is not None or norm_weight is not None or norm_bias is not None:
-        check_norm(op, x, norm_stats, norm_weight, norm_bias, activation, head)
+        check_norm(op, x, norm_stats, norm_weight, norm_bias, activation, head, places)
     if score is not None:
         check(op, "score", score, (k,), torch.float32, x.device)
     if shift is not None:
         check(op, "shift", shift, (k,), torch.float32, x.device)
+    if places is not None:  # that they are a permutation is known of a layer's, and would take a pass to know of others
+        check(op, "places", places, (k,), torch.uint8, x.device)
     if comp_down is not None:
         check(op, "comp_down", comp_down, (k, None), x.dtype, x.device)
         check_rank(op, "comp_down", comp_down.shape[1])
@@ -125,6 +128,7 @@ def check_norm(
     norm_bias: Tensor | None,
     activation: str,
     head: Tensor | None,
+    places: Tensor | None,
 ) -> None:
     """Refuse a norm that does not fit x, or does not go with the rest."""
     vectors = {"norm_weight": norm_weight, "norm_bias": norm_bias}
@@ -133,8 +137,9 @@ def check_norm(
         raise InvalidArgumentError(op, argument, "a tensor", "None, since `norm_stats` is None")
     if activation != "none":
         raise InvalidArgumentError(op, "activation", repr(activation), "'none', since `norm_stats` is given")
-    if head is not None:
-        raise InvalidArgumentError(op, "head", "a tensor", "None, since `norm_stats` is given")
+    for argument, given in (("head", head), ("places", places)):
+        if given is not None:
+            raise InvalidArgumentError(op, argument, "a tensor", "None, since `norm_stats` is given")
     m, k = x.shape
     check(op, "norm_stats", norm_stats, (m, 2), torch.float32, x.device)
     samples = None

@@ -102,8 +102,8 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
 
 
 def _but_branch(layer: SparseLinear) -> tuple[object, ...]:
-    permutation, score, shift, _, *others = layer.selection_inputs()
-    return permutation, score, shift, *others
+    permutation, places, score, shift, _, *others = layer.selection_inputs()
+    return permutation, places, score, shift, *others
 
 
 def _up(layer: SparseLinear, down: Tensor) -> Tensor:

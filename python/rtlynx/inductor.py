@@ -92,15 +92,16 @@ def _sparsify_into(
     norm_stats: Any = None,
     norm_weight: Any = None,
     norm_bias: Any = None,
+    places: Any = None,
 ) -> Any:
     device = x.get_device()
     if not _can_write_into(1, 2, 3, 12) or not selection_does(device, activation) or (activation == "none" and head is not None):
         return None
     outputs = values, metadata, row_scale, branch = _outputs()
-    norm = norm_stats, norm_weight, norm_bias
     inputs = x, gate, head, score, shift, comp_down
     written = values, metadata, row_scale if norm_compensation else None, None if comp_down is None else branch
-    _call(torch.ops.rtlynx.sparsify_into.default, *inputs, *written, branch_input == "dropped", eps, values_scale, activation, *norm)
+    options = branch_input == "dropped", eps, values_scale, activation, norm_stats, norm_weight, norm_bias, places
+    _call(torch.ops.rtlynx.sparsify_into.default, *inputs, *written, *options)
     return outputs
 
 

@@ -17,7 +17,7 @@ _library = torch.library.Library("rtlynx", "FRAGMENT")
 _library.define(
     "sparsify_into(Tensor x, Tensor? gate, Tensor? head, Tensor? score, Tensor? shift, Tensor? comp_down, Tensor(a!) values,"
     " Tensor(b!) metadata, Tensor(c!)? row_scale, Tensor(d!)? branch, bool branch_of_dropped, float eps, float values_scale,"
-    " str activation, Tensor? norm_stats=None, Tensor? norm_weight=None, Tensor? norm_bias=None) -> ()"
+    " str activation, Tensor? norm_stats=None, Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? places=None) -> ()"
 )
 _library.define(
     "sparse_linear_into(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
@@ -43,11 +43,12 @@ def _sparsify_cpu(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     branch_input: reference.BranchInput = "dropped" if branch_of_dropped else "input"
     values_dtype = None if values.dtype == x.dtype else values.dtype
     selection = score, shift, comp_down, branch_input, row_scale is not None, eps, values_dtype, values_scale
-    before = activation, gate, head, norm_stats, norm_weight, norm_bias
+    before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
     for into, computed in zip((values, metadata, row_scale, branch), reference.sparsify(x, *selection, *before), strict=True):
         if into is not None:
             into.copy_(computed)

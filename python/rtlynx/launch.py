@@ -37,6 +37,7 @@ def sparsify(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     """Enqueue `rtlynx.ops.sparsify` on the current stream of its device, to write ``values``, ``metadata``, ``row_scale``, ``branch``.
 
@@ -76,6 +77,7 @@ def sparsify(
         0 if norm_bias is None else norm_bias.data_ptr(),
         0 if score is None else score.data_ptr(),
         0 if shift is None else shift.data_ptr(),
+        0 if places is None else places.data_ptr(),
         0 if comp_down is None else comp_down.data_ptr(),
         values.data_ptr(),
         metadata.data_ptr(),

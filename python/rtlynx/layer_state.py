@@ -12,7 +12,7 @@ from rtlynx.config import Branch, Precision, Selection, SmallM
 from rtlynx.derived import Derived
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, quantize_weight
-from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE
+from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE, places_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,8 +23,8 @@ _COMPENSATION = ("comp_down", "comp_up", "comp_bias", "sparse_weight", "shift", 
 """The tensors calibration adds to a layer; absent from its state dict until then."""
 _OWN_DTYPES = ("shift", "score", "weight_fp8", "weight_scale", "compact_scale", "compact_values_scale")
 """Floating-point buffers that a cast of the model leaves as they are."""
-_PREPARED = ("score", "weight_fp8", "weight_scale", "output_bias")
-"""Buffers that are made from the weight or the biases, and not saved; but for a compact layer's score: there is nothing to make it from."""
+_PREPARED = ("places", "score", "weight_fp8", "weight_scale", "output_bias")
+"""Buffers that are made from the others, and not saved; but for a compact layer's score: there is nothing to make it from."""
 _ADDED = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of biases that can be added: not those in which layerwise casting stores them."""
 SelectionInputs = tuple[Any, ...]
@@ -43,6 +43,7 @@ class LayerState(nn.Linear):
     sparse_weight: nn.Parameter | None
     shift: Tensor | None
     permutation: Tensor | None
+    places: Tensor | None
     score: Tensor | None
     weight_fp8: Tensor | None
     weight_scale: Tensor | None
@@ -171,6 +172,7 @@ class LayerState(nn.Linear):
 
     def update_prepared(self) -> None:
         """Make everything anew that is made from the weight and not saved; ``load_state_dict`` calls this."""
+        self.update_places()
         self.update_weight_fp8()
         self.update_score()
         self.update_output_bias()
@@ -179,6 +181,12 @@ class LayerState(nn.Linear):
         """Hold nothing of that, until `update_prepared`."""
         for name in _PREPARED:
             self._hold(name, None)
+
+    def update_places(self) -> None:
+        """Make `places` anew from the permutation, where selection can gather by it on the way."""
+        permutation = self.permutation
+        known = permutation is not None and not permutation.is_meta
+        self._hold("places", places_of(permutation) if known else None)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def update_weight_fp8(self) -> None:
@@ -267,11 +275,16 @@ class LayerState(nn.Linear):
             old.copy_(prepared)
 
     def selection_inputs(self) -> SelectionInputs:
-        """All that its selection depends on but the input: the permutation, then `rtlynx.ops.sparsify`'s arguments from `score` on."""
+        """All that its selection depends on but the input.
+
+        The permutation that has to be gathered by before, the `places` by which selection gathers itself, then `rtlynx.ops.sparsify`'s
+        arguments from `score` to `values_scale`. Of the first two at most one is not None.
+        """
         branch_input = "input" if self.branch == "input" else "dropped"
         buffers = self._buffers  # read with every call, and three times as fast as attributes
         values = (E4M3, self._values_scale) if self.precision == "fp8" else (None, 1.0)
-        of_input = buffers["permutation"], buffers["score"], buffers["shift"]
+        places = buffers["places"]
+        of_input = buffers["permutation"] if places is None else None, places, buffers["score"], buffers["shift"]
         return *of_input, self.comp_down, branch_input, self.norm_compensation, EPS, *values
 
     # ---- nn.Module -----------------------------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ class SparseLinear(LayerState):
         sparse_weight: Parameter ``(N, K)`` or None: what the sparse product multiplies with instead of `weight`, columns permuted.
         shift: Buffer ``(K,)`` float32 or None, in the order of the gathered input.
         permutation: Buffer ``(K,)`` int64 or None.
+        places: Buffer ``(K,)`` uint8, the permutation as the selection kernel reads it (`rtlynx.reference.places_of`), so that X is not
+            gathered by a pass of its own; None without one that stays in its windows. Not saved.
         score: Buffer ``(K,)`` float32, ``‖W_:j‖``, with ``selection="weight"``, else None. Not saved: see `update_score`.
         weight_fp8: Buffer ``(N, K)`` e4m3, made from `sparse_weight` or `weight`, with ``precision="fp8"``, else None. Not saved: see
             `update_weight_fp8`.
@@ -234,15 +236,16 @@ class SparseLinear(LayerState):
     def in_selection(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in what comes before it.
 
-        Not where there is none, nor where others select from the same tensor or channels are gathered first.
+        Not where there is none, nor where others select from the same tensor or channels are gathered by a pass of its own first.
         """
-        return not (self.sharing > 1 or self._buffers["permutation"] is not None or self._is_dense_now(tokens, device))
+        gathers = self._buffers["permutation"] is not None and self._buffers["places"] is None
+        return not (self.sharing > 1 or gathers or self._is_dense_now(tokens, device))
 
     def select_activated(self, x: Tensor, activation: Activation, gate: Tensor | None = None, head: Tensor | None = None) -> Tensor:
         """`forward_activated` for who has asked `in_selection`."""
-        _, *arguments = self.selection_inputs()
+        _, places, *arguments = self.selection_inputs()
         gate, head = None if gate is None else _rows(gate), None if head is None else _rows(head)
-        selected = ops.sparsify(_rows(x), *arguments, activation, gate, head)  # type: ignore[call-arg]  # mypy cannot count them
+        selected = ops.sparsify(_rows(x), *arguments, activation, gate, head, places=places)  # type: ignore[call-arg, misc]  # mypy cannot count them
         return self.multiply(selected, x.dtype, x.shape[:-1])
 
     def takes_norm(self, tokens: int, device: torch.device) -> bool:
@@ -313,11 +316,11 @@ class SparseLinear(LayerState):
         return copied, scale
 
     def _select(self, input: Tensor) -> ops.Sparsified:
-        permutation, *arguments = self.selection_inputs()
+        permutation, places, *arguments = self.selection_inputs()
         x = _rows(input)
         if permutation is not None:
             x = x.index_select(1, permutation)
-        return ops.sparsify(x, *arguments)
+        return ops.sparsify(x, *arguments, places=places)  # type: ignore[misc]  # mypy cannot count them
 
     def least_tokens(self, device: torch.device) -> int:
         """From how many tokens on this layer is faster sparse than dense on ``device``.

@@ -25,7 +25,8 @@ _library = torch.library.Library("rtlynx", "DEF")
 _library.define(
     "sparsify(Tensor x, Tensor? score, Tensor? shift, Tensor? comp_down, str branch_input, bool norm_compensation, float eps,"
     ' ScalarType? values_dtype=None, float values_scale=1.0, str activation="none", Tensor? gate=None, Tensor? head=None,'
-    " Tensor? norm_stats=None, Tensor? norm_weight=None, Tensor? norm_bias=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? norm_stats=None, Tensor? norm_weight=None, Tensor? norm_bias=None, Tensor? places=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
@@ -49,12 +50,13 @@ def sparsify(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
     """Keep the 2 largest of every 4 channels of each token and compress them; in the same pass measure the row and feed the branch.
 
-    With ``X = cat([head, act(x)], 1)`` (act in float32, rounded to T; without `activation` and `head` it is x), or with `norm_stats`
-    ``X = (x - mean) · rstd · norm_weight + norm_bias`` (likewise), ``X' = X - shift`` (float32, rounded to T), ``S`` the selection by
-    ``|X'|·score`` and ``s`` the row scale::
+    With ``X = cat([head, act(x)], 1)`` (act in float32, rounded to T; without `activation` and `head` it is x), its channels gathered by
+    `places`, or with `norm_stats` ``X = (x - mean) · rstd · norm_weight + norm_bias`` (likewise), ``X' = X - shift`` (float32, rounded to
+    T), ``S`` the selection by ``|X'|·score`` and ``s`` the row scale::
 
         s      = sqrt(‖X'‖² / (‖S(X')‖² + eps))        norm compensation of RT-Lynx (arXiv 2605.26632); 1 when it is off
         branch = X' · comp_down                        branch_input = "input": the paper's branch
@@ -76,11 +78,13 @@ def sparsify(
             ``"silu_gate"`` (``silu(x) · gate``). `head` is taken as it is.
         gate: ``(M, K - K0)`` of dtype T with ``"silu_gate"``, else None.
         head: optional ``(M, K0)`` of dtype T, the channels before those of x.
-        norm_stats: optional ``(M, 2)`` float32, mean and rstd of each row of x (see `rtlynx.row_stats.row_stats`); without `activation`
-            and `head` only.
+        norm_stats: optional ``(M, 2)`` float32, mean and rstd of each row of x (see `rtlynx.row_stats.row_stats`); without `activation`,
+            `head` and `places` only.
         norm_weight: optional ``(B, K)`` of dtype T, B a divisor of M, or ``(K,)``: M / B neighbouring rows of x share a row of it. None: 1.
             Copied if it is not contiguous, as `norm_bias` is.
         norm_bias: optional, of the same shape; None: 0.
+        places: optional ``(K,)`` uint8 that gathers the channels of X first, see `rtlynx.reference.permutation_of`; `score`, `shift`,
+            `comp_down` and all that is returned are in the gathered order. What is no such permutation gives a result of no meaning.
 
     Returns:
         `Sparsified`: values ``(M, K/2)``, metadata int32, row_scale ``(M,)`` float32 (``(0,)`` when off), branch ``(M, r)`` (``(M, 0)``
@@ -96,8 +100,8 @@ def sparsify(
     """
     selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
     norm = norm_stats, _as_rows(norm_weight), _as_rows(norm_bias)
-    arguments = x, *selection, activation, gate, head, *norm
-    if direct(x, score, shift, comp_down, gate, head, *norm):
+    arguments = x, *selection, activation, gate, head, *norm, places
+    if direct(x, score, shift, comp_down, gate, head, *norm, places):
         return _sparsify_cuda(*arguments)
     return Sparsified(*torch.ops.rtlynx.sparsify(*arguments))
 
@@ -166,8 +170,9 @@ def _sparsify_cpu(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
-    before = activation, gate, head, norm_stats, norm_weight, norm_bias
+    before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
     checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, *before)
     selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
     return reference.sparsify(x, *selection, *before)
@@ -199,8 +204,9 @@ def _sparsify_fake(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
-    before = activation, gate, head, norm_stats, norm_weight, norm_bias
+    before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
     k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, *before)
     teach()
     return _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
@@ -222,10 +228,12 @@ def _sparsify_cuda(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
-    before = activation, gate, head, norm_stats, norm_weight, norm_bias
+    before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
     k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, *before)
-    checks.check_contiguous("sparsify", ("score", "shift", "comp_down", "norm_stats"), (score, shift, comp_down, norm_stats))
+    in_order = {"score": score, "shift": shift, "comp_down": comp_down, "norm_stats": norm_stats, "places": places}
+    checks.check_contiguous("sparsify", tuple(in_order), tuple(in_order.values()))
     if (activation != "none" or head is not None) and (activation == "none" or not selection_does(x.device, activation)):
         x, activation, gate, head = reference.activated(x, activation, gate, head), "none", None, None
     out = _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
@@ -248,14 +256,15 @@ def _sparsify_cuda(
         norm_stats,
         norm_weight,
         norm_bias,
+        places,
     )
     return out
 
 
 def _sparsify_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, shift, comp_down, branch_input, _, _, values_dtype, _, activation, gate, head, *norm = inputs
+    x, _, shift, comp_down, branch_input, _, _, values_dtype, _, activation, gate, head, *norm, places = inputs
     _, metadata, _, _ = output
-    ctx.save_for_backward(x, shift, comp_down, gate, head, metadata, *norm)  # activation and norm are computed again, not kept
+    ctx.save_for_backward(x, shift, comp_down, gate, head, places, metadata, *norm)  # activation and norm are computed again, not kept
     ctx.branch_input, ctx.values_dtype, ctx.activation = branch_input, values_dtype, activation
 
 
@@ -263,24 +272,27 @@ def _sparsify_backward(
     ctx: Any, grad_values: Tensor, _metadata: Tensor, _row_scale: Tensor, grad_branch: Tensor
 ) -> tuple[Tensor | None, ...]:
     _refuse_fp8_gradient("sparsify", ctx.values_dtype)
-    x, shift, comp_down, gate, head, metadata, *norm = ctx.saved_tensors
+    x, shift, comp_down, gate, head, places, metadata, *norm = ctx.saved_tensors
     m, half = grad_values.shape
     columns = reference.kept_columns(metadata, m, half * 2)
     grad = grad_values.new_zeros(m, half * 2).scatter_(1, columns, grad_values)
     grad_down = None
     if comp_down is not None:
-        z = reference.shifted(reference.activated(reference.normed(x, *norm), ctx.activation, gate, head), shift)
+        z = reference.activated(reference.normed(x, *norm), ctx.activation, gate, head)
+        z = reference.shifted(reference.gathered(z, places), shift)
         grad_z = grad_branch @ comp_down.T
         if ctx.branch_input == "dropped":
             z, grad_z = z.scatter(1, columns, 0), grad_z.scatter(1, columns, 0)
         grad = grad + grad_z
         grad_down = z.T @ grad_branch
     grad_shift = -grad.sum(0, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+    if places is not None:
+        grad = torch.empty_like(grad).index_copy(1, reference.permutation_of(places), grad)
     grad_x, grad_gate, grad_head = reference.activated_backward(grad, x, ctx.activation, gate, head)
     grad_norm: list[Tensor | None] = [None] * 3
     if norm[0] is not None:
         grad_x, *grad_norm = reference.normed_backward(grad_x, x, *norm)
-    return grad_x, None, grad_shift, grad_down, *[None] * 6, grad_gate, grad_head, *grad_norm
+    return grad_x, None, grad_shift, grad_down, *[None] * 6, grad_gate, grad_head, *grad_norm, None
 
 
 def _refuse_fp8_gradient(op: str, values_dtype: torch.dtype | None) -> None:

@@ -25,6 +25,8 @@ PADDED_ROWS = 64
 """The metadata describes rows up to a multiple of this: 4 tiles, what a warpgroup takes."""
 BLOCK_COLS = 256
 """Dense columns of one metadata block: 4 words a lane."""
+PIECE = 16
+"""Channels of a piece: a unit of 64 gathered channels comes from four, one in each quarter of K."""
 K_MULTIPLE = 64
 """K of a sparse layer is a multiple of this: one metadata word covers 64 channels of a quad of lanes."""
 N_MULTIPLE = 8
@@ -180,6 +182,38 @@ def normed_backward(
     return (grad * rstd).to(h.dtype), grad_stats, grad_weight, grad_bias
 
 
+def permutation_of(places: Tensor) -> Tensor:
+    """``(K,)`` int64: the channel that each gathered channel is, ``X_gathered = X[:, permutation_of(places)]``.
+
+    Gathered channels 64u .. 64u + 63 are those of *window* u in another order: 16 neighbouring channels, a *piece*, of each quarter of K.
+    docs/format.md draws it.
+
+    Args:
+        places: ``(K,)`` uint8, K a multiple of 64: ``16 · piece + channel of the piece``, of every window all of 0..63.
+    """
+    k, place = len(places), places.long()
+    window = torch.arange(k, device=places.device) // K_MULTIPLE
+    return place // PIECE * (k // (K_MULTIPLE // PIECE)) + window * PIECE + place % PIECE
+
+
+def places_of(permutation: Tensor) -> Tensor | None:
+    """Inverse of `permutation_of`: ``(K,)`` uint8, or None where a channel leaves its window.
+
+    Args:
+        permutation: ``(K,)`` int64, every channel once, K a multiple of 64.
+    """
+    k = len(permutation)
+    quarter = k // (K_MULTIPLE // PIECE)
+    piece, within = permutation // quarter, permutation % quarter
+    window = torch.arange(k, device=permutation.device) // K_MULTIPLE
+    return (piece * PIECE + within % PIECE).byte() if torch.equal(within // PIECE, window) else None
+
+
+def gathered(x: Tensor, places: Tensor | None) -> Tensor:
+    """``(M, K)``: the channels of ``x`` in the order of ``places``; ``x`` itself without them."""
+    return x if places is None else x.index_select(1, permutation_of(places))
+
+
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
     """``x - shift`` computed in float32 and rounded to ``x.dtype``; ``x`` itself without a shift."""
     return x if shift is None else (x.float() - shift).to(x.dtype)
@@ -301,10 +335,11 @@ def sparsify(
     norm_stats: Tensor | None = None,
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Sparsified:
     """Select, compress, measure and project: see `rtlynx.ops.sparsify`, whose semantics this defines.
 
-    With ``X`` as in `activated`, or with `norm_stats` as in `normed`, ``X' = X - shift`` and ``S`` the selection::
+    With ``X`` as in `activated`, its channels `gathered`, or with `norm_stats` as in `normed`, ``X' = X - shift`` and ``S`` the selection::
 
         row_scale = sqrt(‖X'‖² / (‖S(X')‖² + eps))                      (RT-Lynx norm compensation), s = 1 when it is off
         branch    = X' · comp_down                  for branch_input = "input"    (the paper's branch)
@@ -313,7 +348,8 @@ def sparsify(
     With ``values_dtype = float8_e4m3fn`` the kept values are stored as ``e4m3(float32(x') · values_scale)``; selection, row scale and
     branch are of the unrounded X' all the same.
     """
-    x = shifted(activated(normed(x, norm_stats, norm_weight, norm_bias), activation, gate, head), shift)
+    x = activated(normed(x, norm_stats, norm_weight, norm_bias), activation, gate, head)
+    x = shifted(gathered(x, places), shift)
     k = x.shape[1]
     mask = keep_mask(x, score)
     positions = kept_positions(mask)

@@ -51,7 +51,7 @@ def share_inputs(root: nn.Module, enabled: bool = True) -> None:
         members[0].update_score()
 
 
-_IN_COMMON = ("permutation", "comp_down", "shift", "score")
+_IN_COMMON = ("permutation", "places", "comp_down", "shift", "score")
 """What layers of a group hold as one object where it is equal."""
 
 
@@ -88,10 +88,10 @@ def select_normed(
         bias: Of the same shape and dtype. None: 0.
 
     Raises:
-        InvalidArgumentError: The layer gathers its channels first, or an argument does not fit.
+        InvalidArgumentError: The layer gathers its channels, or an argument does not fit.
     """
-    permutation, *arguments = layer.selection_inputs()
-    if permutation is not None:
+    permutation, places, *arguments = layer.selection_inputs()
+    if permutation is not None or places is not None:
         raise InvalidArgumentError("select_normed", "layer", "a layer with a permutation", "one that takes channels as they come")
 
     def select(h: Tensor) -> ops.Sparsified:

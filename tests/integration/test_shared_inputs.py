@@ -51,9 +51,9 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     count: list[None] = []
     sparsify: Callable[..., Any] = ops.sparsify
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **kwargs: Any) -> Any:
         count.append(None)
-        return sparsify(*args)
+        return sparsify(*args, **kwargs)
 
     monkeypatch.setattr(ops, "sparsify", counting)
     return count

@@ -87,9 +87,9 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     inputs: list[Tensor] = []
     sparsify: Callable[..., Any] = ops.sparsify
 
-    def counting(x: Tensor, *args: Any) -> Any:
+    def counting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         inputs.append(x)
-        return sparsify(x, *args)
+        return sparsify(x, *args, **kwargs)
 
     monkeypatch.setattr(ops, "sparsify", counting)
     return inputs

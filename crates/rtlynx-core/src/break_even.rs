@@ -75,6 +75,7 @@ fn select_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
         k,
         ldx: k,
         prologue: Prologue::default(),
+        gathered: false,
         rank,
         norm_compensation: true,
         branch_of_dropped: true,

@@ -85,7 +85,8 @@ impl fmt::Display for Family {
     }
 }
 
-/// `sparsify_{dtype}_r{capacity}{activation}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}{activation}`
+/// `sparsify_{dtype}_r{capacity}{activation}`, and for Hopper `sparsify_sm90_{dtype}_r{capacity}{activation}`; with `_gathered` behind it where
+/// channels are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SparsifyKernel {
     /// Which GPUs it is written for.
@@ -96,6 +97,8 @@ pub struct SparsifyKernel {
     pub capacity: i64,
     /// What it makes X of; in the sm80 family nothing or a norm.
     pub activation: Activation,
+    /// Whether it gathers the channels of X.
+    pub gathered: bool,
 }
 
 impl SparsifyKernel {
@@ -115,8 +118,11 @@ impl SparsifyKernel {
         let families = [Family::Sm80, Family::Sm90].into_iter();
         let variants = families.flat_map(|family| Self::CAPACITIES.map(|capacity| (family, capacity)));
         variants.flat_map(|(family, capacity)| {
-            let kernels = family.dtypes().iter().map(move |&dtype| Self { family, dtype, capacity, activation: Activation::None });
-            kernels.flat_map(move |kernel| family.activations().map(move |activation| Self { activation, ..kernel }))
+            let plain = Self { family, dtype: Dtype::Bf16, capacity, activation: Activation::None, gathered: false };
+            let kernels = family.dtypes().iter().map(move |&dtype| Self { dtype, ..plain });
+            let kernels = kernels.flat_map(move |kernel| family.activations().map(move |activation| Self { activation, ..kernel }));
+            let kernels = kernels.flat_map(|kernel| [false, true].map(|gathered| Self { gathered, ..kernel }));
+            kernels.filter(|kernel| !(kernel.gathered && kernel.activation == Activation::Norm))
         })
     }
 
@@ -155,8 +161,12 @@ impl SparsifyKernel {
     /// Dynamic shared memory of a block.
     pub const fn shared_bytes(&self) -> u32 {
         match self.family {
-            // The warps divide the columns: of each an f32 tile of rows × capacity.
-            Family::Sm80 => Self::WARPS * (self.rows() * self.capacity) as u32 * size_of::<f32>() as u32,
+            // The warps divide the columns: of each an f32 tile of rows × capacity, which takes the place of a unit to exchange.
+            Family::Sm80 => {
+                let unit_bytes = if self.gathered { self.rows() * Self::UNIT_COLS * 2 } else { 0 };
+                let sums_bytes = self.rows() * self.capacity * size_of::<f32>() as i64;
+                Self::WARPS * (if unit_bytes > sums_bytes { unit_bytes } else { sums_bytes }) as u32
+            }
             // The stages. The partial branches take their place at the end.
             Family::Sm90 => (self.stages() * Self::STAGE_UNITS * Self::UNIT_COLS * self.unit_rows()) as u32 * 2,
         }
@@ -165,11 +175,12 @@ impl SparsifyKernel {
 
 impl fmt::Display for SparsifyKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { family, dtype, capacity, activation } = self;
+        let Self { family, dtype, capacity, activation, gathered } = self;
         match family {
             Family::Sm80 => write!(f, "sparsify_{dtype}_r{capacity}{activation}"),
             Family::Sm90 => write!(f, "sparsify_{family}_{dtype}_r{capacity}{activation}"),
-        }
+        }?;
+        f.write_str(if *gathered { "_gathered" } else { "" })
     }
 }
 
@@ -405,31 +416,38 @@ mod tests {
 
     #[test]
     fn names_are_the_symbols_of_the_device_code() {
-        let sparsify = |family, activation| SparsifyKernel { family, dtype: Dtype::Bf16, capacity: 64, activation }.to_string();
-        assert_eq!(sparsify(Family::Sm80, Activation::None), "sparsify_bf16_r64");
-        assert_eq!(sparsify(Family::Sm90, Activation::None), "sparsify_sm90_bf16_r64");
-        assert_eq!(sparsify(Family::Sm90, Activation::SiluGate), "sparsify_sm90_bf16_r64_silu_gate");
-        assert_eq!(sparsify(Family::Sm80, Activation::Norm), "sparsify_bf16_r64_norm");
+        let sparsify =
+            |family, activation, gathered| SparsifyKernel { family, dtype: Dtype::Bf16, capacity: 64, activation, gathered }.to_string();
+        assert_eq!(sparsify(Family::Sm80, Activation::None, false), "sparsify_bf16_r64");
+        assert_eq!(sparsify(Family::Sm80, Activation::None, true), "sparsify_bf16_r64_gathered");
+        assert_eq!(sparsify(Family::Sm80, Activation::Norm, false), "sparsify_bf16_r64_norm");
+        assert_eq!(sparsify(Family::Sm90, Activation::None, false), "sparsify_sm90_bf16_r64");
+        assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, false), "sparsify_sm90_bf16_r64_silu_gate");
+        assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, true), "sparsify_sm90_bf16_r64_silu_gate_gathered");
         assert_eq!(RowStatsKernel { dtype: Dtype::F16 }.to_string(), "row_stats_f16");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0] }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[5] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
-        assert_eq!(SparsifyKernel::all().count(), 80);
+        assert_eq!(SparsifyKernel::all().count(), 136);
         assert_eq!(SpmmKernel::all().count(), 20);
     }
 
     #[test]
     fn shared_memory_is_what_the_kernels_lay_out() {
         assert_eq!(TILES.map(|tile| tile.shared_bytes()), [204880, 227424, 208992, 131072, 98304, 65536, 49152]);
-        let sparsify = |family, activation| {
-            SparsifyKernel::CAPACITIES.map(|capacity| SparsifyKernel { family, dtype: Dtype::F16, capacity, activation }.shared_bytes())
+        let sparsify = |family, activation, gathered| {
+            let kernel = |capacity| SparsifyKernel { family, dtype: Dtype::F16, capacity, activation, gathered };
+            SparsifyKernel::CAPACITIES.map(|capacity| kernel(capacity).shared_bytes())
         };
-        assert_eq!(sparsify(Family::Sm80, Activation::None), [0, 8192, 16384, 32768]);
-        assert_eq!(sparsify(Family::Sm90, Activation::None), [65536, 81920, 98304, 98304]);
-        assert_eq!(sparsify(Family::Sm90, Activation::GeluTanh), [65536, 81920, 98304, 98304]);
-        assert_eq!(sparsify(Family::Sm90, Activation::SiluGate), [65536, 73728, 81920, 98304]);
+        assert_eq!(sparsify(Family::Sm80, Activation::None, false), [0, 8192, 16384, 32768]);
+        assert_eq!(sparsify(Family::Sm80, Activation::None, true), [16384, 16384, 16384, 32768]);
+        for gathered in [false, true] {
+            assert_eq!(sparsify(Family::Sm90, Activation::None, gathered), [65536, 81920, 98304, 98304]);
+            assert_eq!(sparsify(Family::Sm90, Activation::GeluTanh, gathered), [65536, 81920, 98304, 98304]);
+            assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, gathered), [65536, 73728, 81920, 98304]);
+        }
         for family in [Family::Sm80, Family::Sm90] {
-            assert_eq!(sparsify(family, Activation::Norm), sparsify(family, Activation::None));
+            assert_eq!(sparsify(family, Activation::Norm, false), sparsify(family, Activation::None, false));
         }
     }
 }

@@ -68,7 +68,7 @@ pub fn plan_sparsify(arch: &Arch, problem: &SparsifyProblem) -> Result<(Sparsify
     if !family.activations().any(|known| known == activation) {
         return Err(Error::UnsupportedActivation { op: SPARSIFY, capability: arch.capability });
     }
-    let kernel = SparsifyKernel { family, dtype: problem.dtype, capacity, activation };
+    let kernel = SparsifyKernel { family, dtype: problem.dtype, capacity, activation, gathered: problem.gathered };
     // Padding rows too: the metadata describes them, and the GEMM reads it whole.
     let row_blocks = ceil_div(padded_rows(problem.m), kernel.rows());
     let rank_blocks = if problem.rank > 0 { ceil_div(problem.rank, capacity) } else { 1 };
@@ -199,6 +199,7 @@ mod tests {
             k: 3072,
             ldx: 3072,
             prologue: Prologue::default(),
+            gathered: false,
             rank,
             norm_compensation: true,
             branch_of_dropped: true,
@@ -254,6 +255,15 @@ mod tests {
                 let refused = Error::UnsupportedActivation { op: "sparsify", capability: arch.capability };
                 assert_eq!(plan_sparsify(&arch, &problem), Err(refused));
             }
+        }
+    }
+
+    #[test]
+    fn channels_are_gathered_everywhere_by_kernels_of_their_own() {
+        for (arch, name) in [(h200(), "sparsify_sm90_f16_r64_gathered"), (ampere(), "sparsify_f16_r64_gathered")] {
+            let (kernel, launch) = plan_sparsify(&arch, &SparsifyProblem { gathered: true, ..sparsify(512, 64) }).unwrap();
+            assert_eq!(kernel.to_string(), name);
+            assert_eq!(launch, plan_sparsify(&arch, &sparsify(512, 64)).unwrap().1);
         }
     }
 

@@ -8,6 +8,8 @@ pub const GROUP: i64 = 4;
 pub const WORD_COLS: i64 = 64;
 /// Dense columns of a metadata block: 4 words a lane.
 pub const BLOCK_COLS: i64 = 256;
+/// Neighbouring channels of a gathered unit of `WORD_COLS`: one piece from each quarter of K.
+pub const PIECE_COLS: i64 = 16;
 /// Rows of one tensor-core tile, the unit of the metadata along M.
 pub const TILE_ROWS: i64 = 16;
 /// The metadata describes rows up to a multiple of this.
@@ -43,6 +45,7 @@ mod tests {
             ("kGroup", GROUP),
             ("kWordCols", WORD_COLS),
             ("kBlockCols", BLOCK_COLS),
+            ("kPieceCols", PIECE_COLS),
             ("kTileRows", TILE_ROWS),
             ("kPaddedRows", PADDED_ROWS),
         ];

@@ -15,6 +15,8 @@ pub struct SparsifyParams {
     pub score: Address,
     /// `[k]` f32 subtracted from x first, or null
     pub shift: Address,
+    /// `[k]` u8 where gathered columns stand in the pieces of their unit, or null
+    pub places: Address,
     /// `[k, rank]`, or null when rank is 0
     pub comp_down: Address,
     /// `[m, k / 2]` out
@@ -59,6 +61,8 @@ pub struct SparsifySm90Params {
     pub score: Address,
     /// `[k]` f32 subtracted from x first, or null
     pub shift: Address,
+    /// `[k]` u8 where gathered columns stand in the pieces of their unit, or null
+    pub places: Address,
     /// `[m, k / 2]` out
     pub values: Address,
     /// metadata words out

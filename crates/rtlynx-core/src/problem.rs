@@ -93,6 +93,8 @@ pub struct SparsifyProblem {
     pub ldx: i64,
     /// How X is made of x.
     pub prologue: Prologue,
+    /// Whether the channels of X are gathered before anything is selected.
+    pub gathered: bool,
     /// Rank of the branch; 0 for none.
     pub rank: i64,
     /// Whether the norm compensation factor of every row is computed.
@@ -120,6 +122,9 @@ impl SparsifyProblem {
         }
         if activation == Activation::Norm && (norm_rows <= 0 || self.m % norm_rows != 0) {
             return Err(Error::invalid(SPARSIFY, "norm_rows", norm_rows, format!("a positive divisor of m = {}", self.m)));
+        }
+        if activation == Activation::Norm && self.gathered {
+            return Err(Error::invalid(SPARSIFY, "places", "a tensor", "none: no kernel gathers the channels of a norm"));
         }
         row_stride(SPARSIFY, "ldx", self.ldx, self.x_columns())?;
         if head_k > 0 {
@@ -177,6 +182,8 @@ pub struct SparsifyTensors {
     pub score: u64,
     /// `(k,)` f32 or absent
     pub shift: u64,
+    /// `(k,)` u8; absent where channels are not gathered
+    pub places: u64,
     /// `(k, rank)` in dtype, absent without a branch
     pub comp_down: u64,
     /// `(m, k/2)` in the operands' type, written
@@ -201,6 +208,7 @@ impl SparsifyTensors {
             Activation::Norm => (Presence::Required, Presence::Optional),
             _ => (Presence::Forbidden("there is no norm"), Presence::Forbidden("there is no norm")),
         };
+        let places = if problem.gathered { Presence::Required } else { Presence::Forbidden("channels are not gathered") };
         pointer(SPARSIFY, "x", self.x, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSIFY, "gate", self.gate, gate, VECTOR_BYTES)?;
         pointer(SPARSIFY, "head", self.head, head, VECTOR_BYTES)?;
@@ -209,6 +217,7 @@ impl SparsifyTensors {
         pointer(SPARSIFY, "norm_bias", self.norm_bias, norm_vector, VECTOR_BYTES)?;
         pointer(SPARSIFY, "score", self.score, Presence::Optional, VECTOR_BYTES)?;
         pointer(SPARSIFY, "shift", self.shift, Presence::Optional, VECTOR_BYTES)?;
+        pointer(SPARSIFY, "places", self.places, places, VECTOR_BYTES)?;
         pointer(SPARSIFY, "comp_down", self.comp_down, branch, VECTOR_BYTES)?;
         pointer(SPARSIFY, "values", self.values, Presence::Required, VECTOR_BYTES)?;
         pointer(SPARSIFY, "metadata", self.metadata, Presence::Required, VECTOR_BYTES)?;
@@ -344,6 +353,7 @@ mod tests {
         k: 128,
         ldx: 128,
         prologue: Prologue { activation: Activation::None, head_k: 0, ld_head: 0, ld_gate: 0, norm_rows: 0 },
+        gathered: false,
         rank: 16,
         norm_compensation: true,
         branch_of_dropped: true,
@@ -359,6 +369,7 @@ mod tests {
         norm_bias: 0,
         score: 0,
         shift: 0,
+        places: 0,
         comp_down: 256,
         values: 256,
         metadata: 256,
@@ -438,6 +449,11 @@ mod tests {
         assert_eq!(tensors(|t| t.x = 264, SPARSIFY_OK), "x");
         assert_eq!(tensors(|t| t.branch = 0, SPARSIFY_OK), "branch");
         assert_eq!(tensors(|t| t.score = 4, SPARSIFY_OK), "score");
+        let gathered = SparsifyProblem { gathered: true, ..SPARSIFY_OK };
+        SparsifyTensors { places: 16, ..SPARSIFY_TENSORS }.validate(&gathered).unwrap();
+        assert_eq!(tensors(|t| t.places = 8, gathered), "places");
+        assert_eq!(tensors(|_| {}, gathered), "places");
+        assert_eq!(tensors(|t| t.places = 16, SPARSIFY_OK), "places");
         assert_eq!(tensors(|_| {}, SparsifyProblem { rank: 0, ..SPARSIFY_OK }), "comp_down");
         assert_eq!(tensors(|_| {}, SparsifyProblem { norm_compensation: false, ..SPARSIFY_OK }), "row_scale");
         assert_eq!(refused(SparseLinearTensors { bias: 2, ..LINEAR_TENSORS }.validate(&LINEAR_OK)), "bias");

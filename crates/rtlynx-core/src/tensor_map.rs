@@ -13,6 +13,7 @@ use cudarc::driver::sys::{
 use crate::config::{SparsifyKernel, Tile};
 use crate::device::check;
 use crate::error::Result;
+use crate::format::PIECE_COLS;
 use crate::params::Address;
 use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use crate::prologue::Prologue;
@@ -187,8 +188,9 @@ impl SparsifyMaps {
         const UNIT: i64 = SparsifyKernel::UNIT_COLS;
         let element = Element::of(problem.dtype);
         let SparsifyProblem { m, k, ldx, rank, prologue: Prologue { activation, head_k, ld_head, ld_gate, .. }, .. } = *problem;
+        let box_columns = if kernel.gathered { PIECE_COLS } else { UNIT };
         let rows = |address, columns, stride| {
-            TensorMap::matrix(element, address, Dimension::new(columns, 1, UNIT), Dimension::new(m, stride, kernel.rows()))
+            TensorMap::matrix(element, address, Dimension::new(columns, 1, box_columns), Dimension::new(m, stride, kernel.rows()))
         };
         // The 64 channels of a unit arrive in the order in which the lanes hold them (the kernel's header draws it): for each of the 4 groups of a
         // lane and each pair of channels in it, of the 4 lanes that pair.
@@ -272,17 +274,18 @@ mod tests {
     }
 
     fn sparsify_maps(rank: i64, capacity: i64) -> SparsifyMaps {
-        maps_after(Prologue::default(), rank, capacity)
+        maps_after(Prologue::default(), false, rank, capacity)
     }
 
-    fn maps_after(prologue: Prologue, rank: i64, capacity: i64) -> SparsifyMaps {
-        let kernel = SparsifyKernel { family: Family::Sm90, dtype: Dtype::F16, capacity, activation: prologue.activation };
+    fn maps_after(prologue: Prologue, gathered: bool, rank: i64, capacity: i64) -> SparsifyMaps {
+        let kernel = SparsifyKernel { family: Family::Sm90, dtype: Dtype::F16, capacity, activation: prologue.activation, gathered };
         let problem = SparsifyProblem {
             dtype: Dtype::F16,
             m: 1000,
             k: 320,
             ldx: 328,
             prologue,
+            gathered,
             rank,
             norm_compensation: true,
             branch_of_dropped: true,
@@ -330,14 +333,16 @@ mod tests {
 
     #[test]
     fn the_head_has_the_first_columns_and_x_and_the_gate_the_others() {
-        let prologue = Prologue { activation: Activation::SiluGate, head_k: 128, ld_head: 136, ld_gate: 200, ..Prologue::default() };
-        let maps = maps_after(prologue, 0, 0);
-        let map = |address, columns, stride| {
-            TensorMap::matrix(Element::F16, address, Dimension::new(columns, 1, 64), Dimension::new(1000, stride, 64))
-        };
-        assert_eq!((maps.x, maps.gate, maps.head), (map(16, 192, 328), Some(map(48, 192, 200)), Some(map(64, 128, 136))));
-        let plain = maps_after(Prologue { activation: Activation::GeluTanh, ..Prologue::default() }, 0, 0);
-        assert_eq!((plain.x, plain.gate, plain.head), (map(16, 320, 328), None, None));
+        for (gathered, box_columns) in [(false, 64), (true, 16)] {
+            let prologue = Prologue { activation: Activation::SiluGate, head_k: 128, ld_head: 136, ld_gate: 200, ..Prologue::default() };
+            let maps = maps_after(prologue, gathered, 0, 0);
+            let map = |address, columns, stride| {
+                TensorMap::matrix(Element::F16, address, Dimension::new(columns, 1, box_columns), Dimension::new(1000, stride, 64))
+            };
+            assert_eq!((maps.x, maps.gate, maps.head), (map(16, 192, 328), Some(map(48, 192, 200)), Some(map(64, 128, 136))));
+            let plain = maps_after(Prologue { activation: Activation::GeluTanh, ..Prologue::default() }, gathered, 0, 0);
+            assert_eq!((plain.x, plain.gate, plain.head), (map(16, 320, 328), None, None));
+        }
     }
 
     /// Walks a box as the copy engine does and asks which channel of the unit stands in each row of shared memory.
@@ -368,6 +373,7 @@ mod tests {
             let sparsify = sparsify_maps(rank, capacity);
             assert_eq!(sparsify.comp_down.unwrap().box_elements(), 64 * capacity);
             maps.extend([Some(sparsify.x), sparsify.comp_down].into_iter().flatten());
+            maps.push(maps_after(Prologue::default(), true, rank, capacity).x);
         }
         for map in maps {
             let [row, outer @ ..] = map.dimensions;

@@ -31,6 +31,7 @@ pub(crate) fn sparsify(
     norm_bias: u64,
     score: u64,
     shift: u64,
+    places: u64,
     comp_down: u64,
     values: u64,
     metadata: u64,
@@ -43,10 +44,35 @@ pub(crate) fn sparsify(
     let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python)?;
     let activation = Activation::parse(SPARSIFY, activation).map_err(to_python)?;
     let prologue = Prologue { activation, head_k, ld_head, ld_gate, norm_rows };
-    let problem =
-        SparsifyProblem { dtype, m, k, ldx, prologue, rank, norm_compensation: row_scale != 0, branch_of_dropped, eps, values_scale };
-    let tensors =
-        SparsifyTensors { x, gate, head, norm_stats, norm_weight, norm_bias, score, shift, comp_down, values, metadata, row_scale, branch };
+    let problem = SparsifyProblem {
+        dtype,
+        m,
+        k,
+        ldx,
+        prologue,
+        gathered: places != 0,
+        rank,
+        norm_compensation: row_scale != 0,
+        branch_of_dropped,
+        eps,
+        values_scale,
+    };
+    let tensors = SparsifyTensors {
+        x,
+        gate,
+        head,
+        norm_stats,
+        norm_weight,
+        norm_bias,
+        score,
+        shift,
+        places,
+        comp_down,
+        values,
+        metadata,
+        row_scale,
+        branch,
+    };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
     unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
 }

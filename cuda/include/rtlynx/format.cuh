@@ -9,6 +9,7 @@ namespace rtlynx {
 constexpr int kGroup = 4;        // neighbouring channels of a token, of which 2 are kept
 constexpr int kWordCols = 64;    // dense columns served by one metadata word of each of the 4 lanes of a quad
 constexpr int kBlockCols = 256;  // dense columns of a metadata block: 4 words a lane, one 16-byte load
+constexpr int kPieceCols = 16;   // neighbouring channels of a gathered unit of 64: one piece from each quarter of K
 constexpr int kTileRows = 16;    // rows of one tensor-core tile, the unit of the metadata along M
 constexpr int kPaddedRows = 64;  // the metadata describes rows up to a multiple of this: 4 tiles, what a warpgroup takes
 
@@ -16,6 +17,13 @@ constexpr uint32_t kPaddingWord = 0x44444444;  // eight groups that kept positio
 
 // Rows that the metadata of m tokens describes.
 __device__ __forceinline__ int padded_rows(int m) { return (m + kPaddedRows - 1) / kPaddedRows * kPaddedRows; }
+
+// The first of the channels that the piece `piece` of the gathered unit at column `col`, a multiple of 64, is read from:
+//
+//   channels   0          K/4        K/2        3K/4        K
+//              |----u-----|----u-----|----u-----|----u-----|      u = col / 64: 16 channels, 16u from the start of their quarter
+//   piece           0          1          2          3
+__device__ __forceinline__ int piece_column(int col, int piece, int k) { return piece * (k / 4) + col / 4; }
 
 // Index of the metadata word of lane `lane` for the tile of rows that starts at `row` and the 64 dense columns that start at `col`.
 //

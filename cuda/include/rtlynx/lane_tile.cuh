@@ -24,12 +24,15 @@ struct LaneTile {
   uint32_t pairs[2][kLanePairs];
 };
 
+// Of a gathered unit lane q loads piece q (format.cuh), which still has to be exchanged.
+template <bool kGathered>
 __device__ __forceinline__ LaneTile load_tile(const SparsifyParams& p, int row, int col) {
   LaneTile tile = {};
+  const int first = kGathered ? piece_column(col / kWordCols * kWordCols, col % kWordCols / kPieceCols, p.k) : col;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half < p.m && col < p.k) {
-      const auto* source = static_cast<const uint16_t*>(p.x) + (row + 8 * half) * p.ldx + col;
+      const auto* source = static_cast<const uint16_t*>(p.x) + (row + 8 * half) * p.ldx + first;
       const uint4 low = __ldg(reinterpret_cast<const uint4*>(source));
       const uint4 high = __ldg(reinterpret_cast<const uint4*>(source) + 1);
       uint32_t (&r)[kLanePairs] = tile.pairs[half];

@@ -11,6 +11,7 @@ struct SparsifyParams {
   const void* x;              // [m, k], rows ldx elements apart, 16-byte aligned
   const float* score;         // [k] factor on the magnitudes that selection compares, or null
   const float* shift;         // [k] subtracted from x first, or null
+  const uint8_t* places;      // [k] where in its unit's pieces each gathered column stands, 16 · piece + column; or null: not gathered
   const void* comp_down;      // [k, rank], or null when rank == 0
   void* values;               // [m, k / 2] out
   uint32_t* metadata;         // [ceil(k / 256), 4 ceil(m / 64), 32, 4] out
@@ -30,10 +31,11 @@ struct SparsifyParams {
 };
 
 struct SparsifySm90Params {
-  CUtensorMap x;              // [m, k - head_k], boxes of 64 x 64, 128-byte swizzle
+  CUtensorMap x;              // [m, k - head_k], boxes of 64 rows x 64, 128-byte swizzle; with places x 16, 32-byte swizzle
   CUtensorMap comp_down;      // [k, rank], boxes of 64 channels in the lanes' order x the kernel's rank capacity; not read when rank == 0
   const float* score;         // [k] factor on the magnitudes that selection compares, or null
   const float* shift;         // [k] subtracted from x first, or null
+  const uint8_t* places;      // [k] as in SparsifyParams, or null
   void* values;               // [m, k / 2] out
   uint32_t* metadata;         // [ceil(k / 256), 4 ceil(m / 64), 32, 4] out
   float* row_scale;           // [m] out, or null: no norm compensation

@@ -22,6 +22,19 @@
 //
 // With an activation (activation.cuh) X is made of what is read: its first head_k columns are those of `head`, the others act(x), or act(x) times
 // `gate`, which then has a place of its own in every stage. With a norm (norm.cuh) X is that of what is read; it has no head.
+//
+// With places the columns of a unit are gathered from its four pieces (format.cuh), each a box of its own. They take the room of the unit's box,
+// and a lane picks its 16 columns out of them, element by element, at the same places in every row:
+//
+//             32 bytes: 16 columns
+//            +---------+---------+
+//   row 0    |    0    |    1    |      piece 0; pieces 1, 2, 3 below, 2 KB apart
+//    ...     |         |         |      A swizzle may not be wider than a box's row. This one exchanges the halves of four rows in eight, so
+//   row 4    |    1    |    0    |      that a column of eight rows lies in different banks.
+//    ...     |         |         |
+//            +---------+---------+
+//
+// 16 divides head_k and the starts of pieces, so a piece is all head's or has none of it.
 #pragma once
 
 #include "rtlynx/activation.cuh"
@@ -30,6 +43,7 @@
 #include "rtlynx/ptx/cluster.cuh"
 #include "rtlynx/ptx/cp_async.cuh"
 #include "rtlynx/ptx/grid.cuh"
+#include "rtlynx/ptx/load.cuh"
 #include "rtlynx/ptx/mbarrier.cuh"
 #include "rtlynx/ptx/tma.cuh"
 #include "rtlynx/ptx/wgmma.cuh"
@@ -46,6 +60,9 @@ constexpr int kWarps = kRowTiles * kUnits;  // that work
 constexpr int kThreads = 32 * (kWarps + 1);
 constexpr int kMaxCluster = 8;                       // that every GPU with clusters accepts
 constexpr uint32_t kXBytes = kRows * kWordCols * 2;  // of a unit
+constexpr int kPieces = kWordCols / kPieceCols;      // of a gathered unit
+constexpr uint32_t kPieceRowBytes = kPieceCols * 2;
+constexpr uint32_t kPieceBytes = kRows * kPieceRowBytes;
 
 // A row of comp_down in shared memory is as long as its swizzle says.
 template <int kRankCapacity>
@@ -97,7 +114,34 @@ __device__ __forceinline__ int unit_column(int block_column, int unit, int s) {
   return block_column + (unit * kStagesPerBlock + s) * kWordCols;
 }
 
-template <Activation kActivation, int kRankCapacity, bool kGated>
+// How many of the pieces of the gathered unit at column `col` are head's: the first ones.
+__device__ __forceinline__ int head_pieces(const SparsifySm90Params& p, int col) {
+  int count = 0;
+  while (piece_column(col, count, p.k) < p.head_k) ++count;  // a fifth would start behind k, so behind the head too
+  return count;
+}
+
+// Bytes of the unit at column `col` that have no gate: the head's.
+template <bool kGathered>
+__device__ __forceinline__ uint32_t ungated_bytes(const SparsifySm90Params& p, int col) {
+  if constexpr (kGathered) return head_pieces(p, col) * kPieceBytes;
+  return col < p.head_k ? kXBytes : 0;
+}
+
+// Copies a box of X at `column`, and of its gate.
+template <Activation kActivation, bool kGated>
+__device__ __forceinline__ void copy_box(const SparsifySm90Params& p, uint32_t x, uint32_t gate, int column, int row, uint32_t barrier) {
+  if constexpr (kActivation == Activation::kNone || kActivation == Activation::kNorm) {
+    ptx::tma_load_2d(x, p.x, column, row, barrier);
+  } else if (column < p.head_k) {
+    ptx::tma_load_2d(x, p.head, column, row, barrier);
+  } else {
+    ptx::tma_load_2d(x, p.x, column - p.head_k, row, barrier);
+    if constexpr (kGated) ptx::tma_load_2d(gate, p.gate, column - p.head_k, row, barrier);
+  }
+}
+
+template <Activation kActivation, bool kGathered, int kRankCapacity, bool kGated>
 __device__ __forceinline__ void copy_stages(const SparsifySm90Params& p, Stages<kRankCapacity, kGated> stages, ColumnBlocks blocks,
                                             int block_row, int n0) {
   using Ring = Stages<kRankCapacity, kGated>;
@@ -109,19 +153,21 @@ __device__ __forceinline__ void copy_stages(const SparsifySm90Params& p, Stages<
       uint32_t bytes = Ring::kStageBytes;
       if constexpr (kGated) {  // the head has no gate
 #pragma unroll
-        for (int unit = 0; unit < kUnits; ++unit) bytes -= unit_column(block_column, unit, s) < p.head_k ? kXBytes : 0;
+        for (int unit = 0; unit < kUnits; ++unit) bytes -= ungated_bytes<kGathered>(p, unit_column(block_column, unit, s));
       }
       ptx::mbarrier_arrive_expect(stages.full(), bytes);
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
         const int column = unit_column(block_column, unit, s);
-        if constexpr (kActivation == Activation::kNone || kActivation == Activation::kNorm) {
-          ptx::tma_load_2d(stages.x(unit), p.x, column, block_row, stages.full());
-        } else if (column < p.head_k) {
-          ptx::tma_load_2d(stages.x(unit), p.head, column, block_row, stages.full());
+        if constexpr (kGathered) {  // of a unit past the end, too: what then arrives is not read
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece) {
+            const uint32_t offset = piece * kPieceBytes;
+            const int from = piece_column(column, piece, p.k);
+            copy_box<kActivation, kGated>(p, stages.x(unit) + offset, stages.gate(unit) + offset, from, block_row, stages.full());
+          }
         } else {
-          ptx::tma_load_2d(stages.x(unit), p.x, column - p.head_k, block_row, stages.full());
-          if constexpr (kGated) ptx::tma_load_2d(stages.gate(unit), p.gate, column - p.head_k, block_row, stages.full());
+          copy_box<kActivation, kGated>(p, stages.x(unit), stages.gate(unit), column, block_row, stages.full());
         }
         if constexpr (kRankCapacity > 0) ptx::tma_load_5d(stages.down(unit), p.comp_down, n0, column / kWordCols, stages.full());
       }
@@ -161,6 +207,45 @@ __device__ __forceinline__ LaneTile read_tile(uint32_t box, uint32_t gate_box, b
   return tile;
 }
 
+// The same of a gathered unit. `places` are the lane's own 16; those below `of_head` are head's.
+template <class T, Activation kActivation>
+__device__ __forceinline__ LaneTile gather_tile(uint32_t box, uint32_t gate_box, const uint4& places, int of_head, int row) {
+  const uint32_t words[4] = {places.x, places.y, places.z, places.w};
+  const uint32_t first = row * kPieceRowBytes ^ row % 8 / 4 * 16;  // where column 0 of a piece stands in this row
+  constexpr uint32_t kNext = 8 * kPieceRowBytes;
+  LaneTile tile;
+#pragma unroll
+  for (int i = 0; i < kLanePairs; ++i) {
+    uint32_t at[2], from_head = 0;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t place = words[i / 2] >> (16 * (i % 2) + 8 * e) & (kWordCols - 1);
+      at[e] = place / kPieceCols * kPieceBytes + (first ^ place % kPieceCols * 2);
+      if (kActivation != Activation::kNone && static_cast<int>(place) < of_head) from_head |= 0xffffu << 16 * e;
+    }
+    uint32_t x[2];  // the pair in rows `row` and row + 8
+#pragma unroll
+    for (int half = 0; half < 2; ++half) x[half] = ptx::load_shared_pair(box + at[0] + half * kNext, box + at[1] + half * kNext);
+    if constexpr (kActivation != Activation::kNone) {
+      uint32_t made[2] = {x[0], x[1]};
+      if constexpr (kActivation == Activation::kGeluTanh) {
+        gelu_tanh<T>(made);
+      } else {
+        uint32_t gate[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          gate[half] = ptx::load_shared_pair(gate_box + at[0] + half * kNext, gate_box + at[1] + half * kNext);
+        silu_gate<T>(made, gate);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) x[half] = (x[half] & from_head) | (made[half] & ~from_head);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) tile.pairs[half][i] = x[half];
+  }
+  return tile;
+}
+
 // Issues d += a · comp_down over a unit.
 template <class T, ptx::Swizzle kSwizzle, int kCount>
 __device__ __forceinline__ void project(uint32_t tile, const LaneTile& a, float (&d)[kCount]) {
@@ -195,7 +280,7 @@ __device__ __forceinline__ float2 sum_over_cluster(uint32_t shared, uint32_t uni
 }
 
 // A rank larger than the capacity is split over blockIdx.y; only blocks with blockIdx.y == 0 write what does not belong to the branch.
-template <class T, class Operand, int kRankCapacity, Activation kActivation>
+template <class T, class Operand, int kRankCapacity, Activation kActivation, bool kGathered>
 __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
   constexpr bool kGated = kActivation == Activation::kSiluGate, kNormed = kActivation == Activation::kNorm;
   using Ring = Stages<kRankCapacity, kGated>;
@@ -228,7 +313,7 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
 
   float d[kCount] = {};
   if (warp == kWarps) {
-    if (lane == 0) copy_stages<kActivation>(p, ring, blocks, block_row, n0);
+    if (lane == 0) copy_stages<kActivation, kGathered>(p, ring, blocks, block_row, n0);
     __syncwarp();
   } else {
     const int row_tile = warp % kRowTiles, unit = warp / kRowTiles;
@@ -241,10 +326,19 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
       for (int s = 0; s < kStagesPerBlock; ++s) {
         const int col0 = unit_column(block_column, unit, s), col = col0 + q * kLaneCols;
         words[s] = kPaddingWord;
+        uint4 places = {};
+        if constexpr (kGathered) {
+          if (col0 < p.k) places = __ldg(reinterpret_cast<const uint4*>(p.places + col));  // on their way while the warp waits
+        }
         ptx::mbarrier_wait(ring.full(), ring.parity);
         if (col0 < p.k) {
           const int box_row = row_tile * kTileRows + g;
-          LaneTile x = read_tile<T, kActivation>(ring.x(unit), ring.gate(unit), col0 < p.head_k, box_row, q);
+          LaneTile x;
+          if constexpr (kGathered) {
+            x = gather_tile<T, kActivation>(ring.x(unit), ring.gate(unit), places, head_pieces(p, col0) * kPieceCols, box_row);
+          } else {
+            x = read_tile<T, kActivation>(ring.x(unit), ring.gate(unit), col0 < p.head_k, box_row, q);
+          }
           if constexpr (kNormed) normalize<T>(p, row_norms + box_row, row, col, x);
           if (p.shift) subtract_shift<T>(p, row, col, x);
           const SelectedTile<T> selected(p, col, x);
@@ -309,18 +403,18 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPARSIFY(name, T, Operand, rank_capacity, activation)                                     \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity ? 2 : 3)                  \
-      name(const __grid_constant__ rtlynx::SparsifySm90Params p) {                                       \
-    rtlynx::sparsify_sm90<rtlynx::T, rtlynx::Operand, rank_capacity, rtlynx::Activation::activation>(p); \
+#define RTLYNX_SPARSIFY(name, T, Operand, rank_capacity, activation, gathered)                                     \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, rank_capacity ? 2 : 3)                            \
+      name(const __grid_constant__ rtlynx::SparsifySm90Params p) {                                                 \
+    rtlynx::sparsify_sm90<rtlynx::T, rtlynx::Operand, rank_capacity, rtlynx::Activation::activation, gathered>(p); \
   }
-#define RTLYNX_SPARSIFY_RANKS(prefix, T, Operand, suffix, activation) \
-  RTLYNX_SPARSIFY(prefix##_r0##suffix, T, Operand, 0, activation)     \
-  RTLYNX_SPARSIFY(prefix##_r16##suffix, T, Operand, 16, activation)   \
-  RTLYNX_SPARSIFY(prefix##_r32##suffix, T, Operand, 32, activation)   \
-  RTLYNX_SPARSIFY(prefix##_r64##suffix, T, Operand, 64, activation)
-#define RTLYNX_SPARSIFY_TYPES(suffix, activation)                               \
-  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16, Bf16, Bf16, suffix, activation)     \
-  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16, F16, F16, suffix, activation)        \
-  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16e4m3, Bf16, E4m3, suffix, activation) \
-  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16e4m3, F16, E4m3, suffix, activation)
+#define RTLYNX_SPARSIFY_RANKS(prefix, T, Operand, suffix, activation, gathered) \
+  RTLYNX_SPARSIFY(prefix##_r0##suffix, T, Operand, 0, activation, gathered)     \
+  RTLYNX_SPARSIFY(prefix##_r16##suffix, T, Operand, 16, activation, gathered)   \
+  RTLYNX_SPARSIFY(prefix##_r32##suffix, T, Operand, 32, activation, gathered)   \
+  RTLYNX_SPARSIFY(prefix##_r64##suffix, T, Operand, 64, activation, gathered)
+#define RTLYNX_SPARSIFY_TYPES(suffix, activation, gathered)                               \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16, Bf16, Bf16, suffix, activation, gathered)     \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16, F16, F16, suffix, activation, gathered)        \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_bf16e4m3, Bf16, E4m3, suffix, activation, gathered) \
+  RTLYNX_SPARSIFY_RANKS(sparsify_sm90_f16e4m3, F16, E4m3, suffix, activation, gathered)

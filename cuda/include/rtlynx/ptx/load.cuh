@@ -1,4 +1,4 @@
-// ld: PTX ISA, "Data Movement and Conversion Instructions: ld.global.nc".
+// ld: PTX ISA, "Data Movement and Conversion Instructions: ld", "ld.global.nc".
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,20 @@ __device__ __forceinline__ uint32_t load_or_zero(const void* global, bool valid)
       : "=r"(value)
       : "l"(global), "r"(static_cast<int>(valid)));
   return value;
+}
+
+// Two elements of 2 bytes that stand apart in shared memory, the first in the low half.
+__device__ __forceinline__ uint32_t load_shared_pair(uint32_t low, uint32_t high) {
+  uint32_t pair;
+  asm volatile(
+      "{.reg .b16 low, high;\n"
+      "ld.shared.b16 low, [%1];\n"
+      "ld.shared.b16 high, [%2];\n"
+      "mov.b32 %0, {low, high};}"
+      : "=r"(pair)
+      : "r"(low), "r"(high)
+      : "memory");
+  return pair;
 }
 
 // One or two neighbouring words of memory that nobody writes meanwhile; two must be aligned to 8 bytes.
