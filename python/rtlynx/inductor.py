@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from rtlynx.activations import selection_does
+from rtlynx.inductor_epilogue import find_epilogues
 
 logger = logging.getLogger("rtlynx")
 
@@ -59,6 +60,7 @@ def _teach() -> None:
 
     lowerings[sparsify] = select_once
     lowerings[sparse_linear] = _either(_sparse_linear_into, lowerings[sparse_linear])
+    find_epilogues()
 
 
 def _either(into: Lowering, otherwise: Lowering) -> Lowering:
@@ -122,7 +124,7 @@ def _in_order(x: Any) -> Any:
     """A tensor that inductor may still lay out as it likes, contiguous as it was traced."""
     from torch._inductor.ir import ExternKernel
 
-    return None if x is None else ExternKernel.require_stride_order(x, list(reversed(range(len(x.get_size())))))
+    return None if x is None else ExternKernel.require_contiguous(x)
 
 
 def _can_write_into(*contiguous: int) -> bool:
