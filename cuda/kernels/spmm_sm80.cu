@@ -8,6 +8,8 @@
 //     W  kBN x 64          128-byte rows             acc += branch · comp_up^T      rank dense columns, m16n8k16
 //     acc += A · W^T       2 x m16n8k32 deep         acc += bias                    store through shared memory, 16 bytes a thread
 //
+// An epilogue (epilogue.cuh) works on those 16 bytes.
+//
 //   256 x 128: 8 warps, 4 x 2, one block a multiprocessor     the others: 4 warps, 2 x 2, two blocks
 //
 //            n0    n64             Clocks of a multiprocessor for 128 x 128 outputs and 32 columns, where it has 128 bytes of shared
@@ -246,7 +248,9 @@ __device__ __forceinline__ void spmm(const SpmmParams& p) {
     add_branch<Config>(p.rank, ring, acc);
     __syncthreads();  // the branch tiles are read; the output tile takes their place
   }
-  store_tile<Config>({p.out, p.bias, p.m, p.n}, origin, shared, acc);
+  store_tile<Config>({p.out, p.bias, p.m, p.n}, origin, shared, acc, [&](const auto& pieces, auto& y) {
+    if (has_epilogue(p)) finish_pieces<typename Config::T>(p, pieces, y);
+  });
 }
 
 }  // namespace

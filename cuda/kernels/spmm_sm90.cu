@@ -13,11 +13,14 @@
 // accumulators, which have become row_scale · (S(X) · W^T) + bias by then. The metadata goes straight to registers, a stage ahead: 1/16 of the
 // bytes.
 //
+// An epilogue (epilogue.cuh) works on the 16 bytes that a lane is about to store; its residual is asked into L2 while the last products run.
+//
 // Why both operands in shared memory and N = 192: wgmma.sp reads W at the full shared-memory bandwidth, so what else is written and read there
 // decides, and large tiles move the fewest bytes per product (docs/kernels.md). Narrower tiles are for problems of which the wide ones would leave
 // most of the last wave empty.
 
 #include "rtlynx/element.cuh"
+#include "rtlynx/epilogue.cuh"
 #include "rtlynx/format.cuh"
 #include "rtlynx/params.cuh"
 #include "rtlynx/ptx/cp_async.cuh"
@@ -195,13 +198,14 @@ struct Consumer {
     Words even, odd;
     find_metadata(row, words);
     load_metadata(words, 0, even);
+    sparse_stage(acc, even, true);  // apart from the others: so ptxas sees that what accumulators held before is not read
     // Two stages a round, so that the words being loaded are never those that products in flight still read.
-    for (int s = 0; s < steps; s += 2) {
-      sparse_stage(acc, even, s == 0);
-      if (s + 1 == steps) break;
-      load_metadata(words, s + 1, odd);
+    for (int s = 1; s < steps; s += 2) {
+      load_metadata(words, s, odd);
       sparse_stage(acc, odd, false);
-      if (s + 2 < steps) load_metadata(words, s + 2, even);
+      if (s + 1 == steps) break;
+      load_metadata(words, s + 1, even);
+      sparse_stage(acc, even, false);
     }
   }
 
@@ -266,6 +270,16 @@ struct Consumer {
     }
   }
 
+  // Brings what the epilogue will read of the residual into L2. Of each of the lane's rows, a lane of the quad asks for a line of 128 bytes.
+  __device__ __forceinline__ void prefetch_residual(int row, int column) const {
+    const int line = min(column + min(64 * (lane % 4), Config::kBN - 8), p.n - 8);
+#pragma unroll
+    for (int i = 0; i < 2 * kTilesM; ++i) {
+      const int r = min(row + 64 * (i / 2) + 8 * (i % 2) + lane / 4, p.m - 1);
+      ptx::prefetch_l2(static_cast<const uint16_t*>(p.residual) + static_cast<int64_t>(r) * p.n + line);
+    }
+  }
+
   __device__ __forceinline__ void add_branch(Accumulators& acc) {
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) ptx::pin_registers(acc[i]);
@@ -287,25 +301,45 @@ struct Consumer {
     finish(acc, branch_stages(p));
   }
 
-  // Rounds once and stores. A quad's 8 x 32 piece is transposed first, so that every lane stores 16 bytes and the quad 64 of a row.
+  // Rounds once and stores. A quad's 8 x 32 piece is transposed first, so that every lane stores 16 bytes and the quad 64 of a row. An epilogue
+  // works on those 16 bytes, a few pieces at a time and when all is rounded: before, accumulators leave no registers for what it reads.
+  template <bool kEpilogue>
   __device__ __forceinline__ void store(const Accumulators& acc, int row, int column) const {
-    const int g = lane / 4, q = lane % 4;
+    constexpr int kBatch = kEpilogue ? 3 : 1, kBatches = (Config::kBlocksN + 4 * kBatch - 1) / (4 * kBatch);
+    const int lane = computed_here(this->lane), g = lane / 4, q = lane % 4;
+    uint32_t pairs[kTilesM][2][kBatches][kBatch][4] = {};  // of n8 block 4 piece + 0..3: columns 2q and + 1
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int block = 0; block < Config::kBlocksN; ++block) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t& pair = pairs[i][half][block / 4 / kBatch][block / 4 % kBatch][block % 4];
+          pair = T::pack(acc[i][4 * block + 2 * half], acc[i][4 * block + 2 * half + 1]);
+          if constexpr (kEpilogue) pair = computed_here(pair);
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = row + 64 * i + 8 * half + g;
-        auto* target = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(r) * p.n + column + 8 * q;
+        auto* target = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(r) * p.n;
 #pragma unroll
-        for (int j = 0; j < Config::kBlocksN; j += 4) {
-          uint32_t pairs[4] = {};  // columns 8 (j + 0..3) + 2q and + 1
+        for (int batch = 0; batch < kBatches; ++batch) {
+          uint32_t (&y)[kBatch][4] = pairs[i][half][batch];
+          Piece pieces[kBatch];
 #pragma unroll
-          for (int k = 0; k < 4 && j + k < Config::kBlocksN; ++k) {
-            pairs[k] = T::pack(acc[i][4 * (j + k) + 2 * half], acc[i][4 * (j + k) + 2 * half + 1]);
+          for (int j = 0; j < kBatch; ++j) {
+            const int block = 4 * (batch * kBatch + j) + q, n = column + 8 * block;
+            pieces[j] = {r, n, r < p.m && block < Config::kBlocksN && n < p.n};
+            transpose_quad(y[j], lane);  // all 8 columns of the lane's n8 block
           }
-          transpose_quad(pairs, lane);  // columns 8 (j + q) .. + 7
-          if (r < p.m && j + q < Config::kBlocksN && column + 8 * (j + q) < p.n) {
-            *reinterpret_cast<uint4*>(target + 8 * j) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+          if constexpr (kEpilogue) finish_pieces<T>(p, pieces, y);
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            if (pieces[j].inside) *reinterpret_cast<uint4*>(target + pieces[j].column) = make_uint4(y[j][0], y[j][1], y[j][2], y[j][3]);
           }
         }
       }
@@ -335,12 +369,17 @@ struct Consumer {
       multiply(acc, first_row(origin) + 16 * warp);
       origin = tile_origin<Config>(p, computed_here(tile));
       const int row = first_row(origin) + 16 * warp;
+      if (p.residual) prefetch_residual(row, origin.n);
       Affine affine;
       load_affine(row, origin.n, affine);
       finish(acc, 1);
       apply_affine(acc, affine);
       if (p.rank > 0) add_branch(acc);
-      store(acc, row, origin.n);
+      if (has_epilogue(p)) {
+        store<true>(acc, row, origin.n);
+      } else {
+        store<false>(acc, row, origin.n);
+      }
     }
   }
 };

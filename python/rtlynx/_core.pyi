@@ -87,9 +87,9 @@ def set_plan(device_index: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k:
     Raises InvalidArgumentError for a kernel that cannot run it there and as plan_sparse_linear.
     """
 
-def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, weight: SupportsIndex, weight_scale: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, out: SupportsIndex) -> None:
+def sparse_linear(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, weight: SupportsIndex, weight_scale: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, out: SupportsIndex, activation: str, residual: SupportsIndex, gate: SupportsIndex, gates: SupportsIndex) -> None:
     """
-    Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+    Enqueue the sparse GEMM with row scale, branch, bias and what follows: activation, residual and `gates` rows of a gate. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
     """
 
 def sparsify(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, m: SupportsIndex, k: SupportsIndex, ldx: SupportsIndex, rank: SupportsIndex, activation: str, head_k: SupportsIndex, ld_head: SupportsIndex, ld_gate: SupportsIndex, norm_rows: SupportsIndex, x: SupportsIndex, gate: SupportsIndex, head: SupportsIndex, norm_stats: SupportsIndex, norm_weight: SupportsIndex, norm_bias: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, places: SupportsIndex, comp_down: SupportsIndex, values: SupportsIndex, metadata: SupportsIndex, row_scale: SupportsIndex, branch: SupportsIndex, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> None:

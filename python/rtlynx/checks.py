@@ -15,6 +15,7 @@ from rtlynx.reference import E4M3, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIP
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _ACTIVATIONS = get_args(Activation)
+_ACTIVATIONS_OF_PRODUCTS = ("none", "gelu_tanh")
 _ALIGNMENT = 16  # bytes: the kernels load and store 16 at a time
 
 
@@ -162,6 +163,9 @@ def check_sparse_linear(
     bias: Tensor | None,
     weight_scale: Tensor | None,
     out_dtype: torch.dtype | None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> torch.dtype:
     """Refuse arguments of `rtlynx.ops.sparse_linear` that do not fit; returns T."""
     op = "sparse_linear"
@@ -205,7 +209,26 @@ def check_sparse_linear(
         check(op, "comp_up", comp_up, (n, rank), dtype, device)
     if bias is not None:
         check(op, "bias", bias, (n,), dtype, device)
+    if activation != "none" or residual is not None or gate is not None:
+        check_epilogue(op, (m, n), dtype, device, activation, residual, gate)
     return dtype
+
+
+def check_epilogue(
+    op: str, y: tuple[int, int], dtype: torch.dtype, device: torch.device, activation: str, residual: Tensor | None, gate: Tensor | None
+) -> None:
+    """Refuse what cannot follow a product of shape ``y`` and this dtype and device."""
+    if activation not in _ACTIVATIONS_OF_PRODUCTS:
+        expected = f"one of {', '.join(map(repr, _ACTIVATIONS_OF_PRODUCTS))}"
+        raise InvalidArgumentError(op, "activation", repr(activation), expected)
+    if residual is not None:
+        check(op, "residual", residual, y, dtype, device)
+    if gate is not None:
+        if residual is None:
+            raise InvalidArgumentError(op, "residual", "None", "a tensor, since `gate` is given")
+        check(op, "gate", gate, (None, y[1]), dtype, device)
+        if gate.shape[0] == 0 or y[0] % gate.shape[0]:
+            raise InvalidArgumentError(op, "gate", f"{gate.shape[0]} rows", f"a number of rows that divides M = {y[0]}")
 
 
 def check_contiguous(op: str, arguments: tuple[str, ...], tensors: tuple[Tensor | None, ...]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from rtlynx.activations import selection_does
+from rtlynx.inductor_epilogue import find_epilogues
 
 logger = logging.getLogger("rtlynx")
 
@@ -64,6 +65,7 @@ def _teach() -> None:
 
     lowerings[sparsify] = select_once
     lowerings[sparse_linear] = _either(_sparse_linear_into, lowerings[sparse_linear])
+    find_epilogues()
 
 
 def _either(into: Lowering, otherwise: Lowering) -> Lowering:
@@ -115,12 +117,24 @@ def _sparse_linear_into(
     bias: Any,
     weight_scale: Any = None,
     out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    residual: Any = None,
+    gate: Any = None,
 ) -> Any:
-    if not _can_write_into(*range(8)):
+    if not _can_write_into(*range(8), 10, 11):
         return None
     (out,) = _outputs()
-    _call(torch.ops.rtlynx.sparse_linear_into.default, values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out)
+    product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out
+    after = () if activation == "none" and residual is None else (activation, *map(_in_order, (residual, gate)))
+    _call(torch.ops.rtlynx.sparse_linear_into.default, *product, *after)
     return out
+
+
+def _in_order(x: Any) -> Any:
+    """A tensor that inductor may still lay out as it likes, contiguous as it was traced."""
+    from torch._inductor.ir import ExternKernel
+
+    return None if x is None else ExternKernel.require_contiguous(x)
 
 
 def _can_write_into(*contiguous: int) -> bool:

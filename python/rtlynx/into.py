@@ -21,7 +21,7 @@ _library.define(
 )
 _library.define(
     "sparse_linear_into(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
-    " Tensor? weight_scale, Tensor(a!) out) -> ()"
+    ' Tensor? weight_scale, Tensor(a!) out, str activation="none", Tensor? residual=None, Tensor? gate=None) -> ()'
 )
 
 
@@ -64,9 +64,12 @@ def _sparse_linear_cpu(
     bias: Tensor | None,
     weight_scale: Tensor | None,
     out: Tensor,
+    activation: reference.Activation = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> None:
-    out_dtype = None if out.dtype == values.dtype else out.dtype
-    out.copy_(reference.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype))
+    product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, None if out.dtype == values.dtype else out.dtype
+    out.copy_(reference.sparse_linear(*product, activation, residual, gate))
 
 
 def _nothing(*_arguments: object) -> None:

@@ -123,6 +123,9 @@ def sparse_linear(
     bias: Tensor | None,
     weight_scale: Tensor | None,
     out: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> None:
     """Enqueue `rtlynx.ops.sparse_linear` on the current stream of its device, to write ``out``. All tensors are contiguous."""
     m, n = out.shape
@@ -146,6 +149,10 @@ def sparse_linear(
         0 if comp_up is None else comp_up.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
+        activation,
+        0 if residual is None else residual.data_ptr(),
+        0 if gate is None else gate.data_ptr(),
+        0 if gate is None else gate.shape[0],  # gates
     )
 
 

@@ -11,6 +11,7 @@ from rtlynx.activations import selection_norms
 from rtlynx.checks import check_activation
 from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
+from rtlynx.epilogue import added, check_residual, in_product
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, dequantized_weight
 from rtlynx.layer_state import LayerState, SelectionInputs
@@ -203,16 +204,42 @@ class SparseLinear(LayerState):
         tokens = input.shape[:-1]
         if self._is_dense_now(tokens.numel(), input.device):
             return self._dense(input)
-        if torch.compiler.is_compiling() or self.input_group is None or self.sharing == 1:
-            selected = self._select(input)
-        else:
-            selected = self.input_group.select(self, input, self._select)
-        return self.multiply(selected, input.dtype, tokens)
+        return self.multiply(self._selected(input), input.dtype, tokens)
+
+    def forward_gated(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:
+        """``residual + gate.unsqueeze(1) * layer(x)``, added before the output is written if the layer runs sparse and gradients are off.
+
+        There it is rounded once; elsewhere it is computed step by step. Hooks on the layer do not run.
+
+        Args:
+            x: ``(B, S, K)``; ``(..., K)`` without a gate.
+            residual: ``(B, S, N)`` of the same dtype; ``(..., N)`` without a gate. A strided one is added in a step of its own.
+            gate: ``(B, N)`` of the same dtype; None: 1.
+
+        Returns:
+            ``(B, S, N)``, same dtype, in memory of its own.
+
+        Raises:
+            InvalidArgumentError: An argument does not fit.
+        """
+        check_residual("SparseLinear.forward_gated", x, self.out_features, residual, gate)
+        tokens = x.shape[:-1]
+        if self._is_dense_now(tokens.numel(), x.device):
+            return added(self._dense(x), residual, gate)
+        return self.multiply(self._selected(x), x.dtype, tokens, residual, gate)
 
     def forward_activated(
-        self, x: Tensor, activation: Activation = "none", gate: Tensor | None = None, head: Tensor | None = None
+        self,
+        x: Tensor,
+        activation: Activation = "none",
+        gate: Tensor | None = None,
+        head: Tensor | None = None,
+        residual: Tensor | None = None,
+        residual_gate: Tensor | None = None,
     ) -> Tensor:
         """What the layer gives for ``cat([head, act(x)], -1)``, which is not written to memory where the layer can take it `in_selection`.
+
+        With a residual it is ``residual + residual_gate.unsqueeze(1) * that``, as in `forward_gated`.
 
         Hooks on the layer do not run, as in a call of `forward`.
 
@@ -221,6 +248,8 @@ class SparseLinear(LayerState):
             activation: See `rtlynx.reference.activated`, as for the others.
             gate: ``(..., K - K0)`` of the same dtype with ``"silu_gate"``, else None.
             head: ``(..., K0)`` of the same dtype, or None.
+            residual: ``(B, S, N)`` of the same dtype, or None; ``(..., N)`` without `residual_gate`.
+            residual_gate: ``(B, N)`` of the same dtype, or None.
 
         Returns:
             ``(..., N)``, same dtype.
@@ -228,10 +257,13 @@ class SparseLinear(LayerState):
         Raises:
             InvalidArgumentError: An argument does not fit.
         """
+        op = "SparseLinear.forward_activated"
+        check_residual(op, x, self.out_features, residual, residual_gate, "residual_gate")
         if self.in_selection(x.shape[:-1].numel(), x.device):
-            return self.select_activated(x, activation, gate, head)
-        check_activation("SparseLinear.forward_activated", x, activation, gate)
-        return self.forward(activated(x, activation, gate, head))
+            return self.select_activated(x, activation, gate, head, residual, residual_gate)
+        check_activation(op, x, activation, gate)
+        x = activated(x, activation, gate, head)
+        return self.forward(x) if residual is None else self.forward_gated(x, residual, residual_gate)
 
     def in_selection(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in what comes before it.
@@ -241,12 +273,20 @@ class SparseLinear(LayerState):
         gathers = self._buffers["permutation"] is not None and self._buffers["places"] is None
         return not (self.sharing > 1 or gathers or self._is_dense_now(tokens, device))
 
-    def select_activated(self, x: Tensor, activation: Activation, gate: Tensor | None = None, head: Tensor | None = None) -> Tensor:
+    def select_activated(
+        self,
+        x: Tensor,
+        activation: Activation,
+        gate: Tensor | None = None,
+        head: Tensor | None = None,
+        residual: Tensor | None = None,
+        residual_gate: Tensor | None = None,
+    ) -> Tensor:
         """`forward_activated` for who has asked `in_selection`."""
         _, places, *arguments = self.selection_inputs()
         gate, head = None if gate is None else _rows(gate), None if head is None else _rows(head)
         selected = ops.sparsify(_rows(x), *arguments, activation, gate, head, places=places)  # type: ignore[call-arg, misc]  # mypy cannot count them
-        return self.multiply(selected, x.dtype, x.shape[:-1])
+        return self.multiply(selected, x.dtype, x.shape[:-1], residual, residual_gate)
 
     def takes_norm(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in the norm before it (`rtlynx.sharing.select_normed`).
@@ -271,13 +311,22 @@ class SparseLinear(LayerState):
     def _is_dense_now(self, tokens: int, device: torch.device) -> bool:
         return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
 
-    def multiply(self, selected: ops.Sparsified, dtype: torch.dtype, tokens: torch.Size) -> Tensor:
+    def multiply(
+        self,
+        selected: ops.Sparsified,
+        dtype: torch.dtype,
+        tokens: torch.Size,
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
         """The product and all that is added to it, of a selection as this layer would make it.
 
         Args:
             selected: From `rtlynx.sharing.select_normed` with this layer, or another one's that asks for the same selection.
             dtype: That of the layer's input and output.
-            tokens: The leading dimensions of the output; their product is M.
+            tokens: The leading dimensions of the output and of the residual; their product is M.
+            residual: ``(*tokens, N)``: what the output, times the gate, is added to.
+            gate: ``(B, N)``, each row for the next M / B tokens.
 
         Returns:
             ``(*tokens, N)``.
@@ -291,6 +340,7 @@ class SparseLinear(LayerState):
         if self.precision == "fp8":
             weight, weight_scale = self._prepared_for(weight)
             out_dtype = dtype
+        rows = None if residual is None or not in_product(residual) else _rows(residual)
         output = ops.sparse_linear(
             values,
             metadata,
@@ -301,8 +351,12 @@ class SparseLinear(LayerState):
             self.added_bias(),
             weight_scale,
             out_dtype,
+            "none",
+            rows,
+            None if rows is None or gate is None else gate.contiguous(),
         )
-        return output if len(tokens) == 1 else output.view(*tokens, self.out_features)
+        output = output if len(tokens) == 1 else output.view(*tokens, self.out_features)
+        return added(output, residual, gate) if rows is None else output
 
     def _prepared_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The e4m3 copy of ``weight`` and its scale; a compact layer's weight is that itself."""
@@ -314,6 +368,12 @@ class SparseLinear(LayerState):
             # A zero that depends on the weight: the output then requires a gradient too, and the backward pass says that there is none.
             scale = scale + weight[:0].sum(dtype=torch.float32)
         return copied, scale
+
+    def _selected(self, input: Tensor) -> ops.Sparsified:
+        """`_select`, or what another layer of the group has selected from the same tensor."""
+        if torch.compiler.is_compiling() or self.input_group is None or self.sharing == 1:
+            return self._select(input)
+        return self.input_group.select(self, input, self._select)
 
     def _select(self, input: Tensor) -> ops.Sparsified:
         permutation, places, *arguments = self.selection_inputs()

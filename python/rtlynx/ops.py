@@ -30,7 +30,7 @@ _library.define(
 )
 _library.define(
     "sparse_linear(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
-    " Tensor? weight_scale=None, ScalarType? out_dtype=None) -> Tensor"
+    ' Tensor? weight_scale=None, ScalarType? out_dtype=None, str activation="none", Tensor? residual=None, Tensor? gate=None) -> Tensor'
 )
 
 
@@ -121,8 +121,16 @@ def sparse_linear(
     bias: Tensor | None = None,
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """``row_scale · (S(X) · weightᵀ) · weight_scale + branch · comp_upᵀ + bias`` on sparse tensor cores, summed in float32.
+
+    That is y, rounded to T. What a block does next may be done before it is written, each step in float32 and rounded once to T::
+
+        z   = gelu_tanh(y)              activation = "gelu_tanh"; else y
+        out = residual + gate · z       with a residual; else z
 
     Args:
         values: ``(M, K/2)`` of dtype T, or e4m3 (fp8), from `sparsify`.
@@ -134,21 +142,25 @@ def sparse_linear(
         bias: optional ``(N,)`` of dtype T.
         weight_scale: ``(N,)`` float32, a factor for each output channel, with e4m3 values (see `rtlynx.fp8.quantize_weight`); else None.
         out_dtype: T with e4m3 values, which do not tell it; else None.
+        activation: ``"none"`` or ``"gelu_tanh"``, GELU in its tanh approximation.
+        residual: optional ``(M, N)`` of dtype T.
+        gate: optional ``(B, N)`` of dtype T, where B divides M: row r of z is multiplied by row ``r // (M / B)``; needs `residual`.
 
     Returns:
         ``(M, N)`` of dtype T.
 
-    With e4m3 values there is no gradient: where an input requires one, the backward pass raises instead of leaving out what went through
-    the rounding. ``torch.compile`` traces a backward pass ahead of time, so it needs ``torch.no_grad()`` there.
+    A backward pass through `activation` or `gate` computes y again. With e4m3 values only `residual` and `gate` have gradients: where
+    another input requires one, the backward pass raises instead of leaving out what went through the rounding. ``torch.compile`` traces a
+    backward pass ahead of time, so it needs ``torch.no_grad()`` there.
 
     Raises:
         InvalidArgumentError: a dtype, shape or device does not fit, or a tensor is not contiguous; nothing has been launched.
         DeviceError: the GPU path cannot run on this machine.
     """
     tensors = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale
-    if direct(*tensors):
-        return _sparse_linear_cuda(*tensors, out_dtype)
-    return torch.ops.rtlynx.sparse_linear(*tensors, out_dtype)  # type: ignore[no-any-return]
+    if direct(*tensors, residual, gate):
+        return _sparse_linear_cuda(*tensors, out_dtype, activation, residual, gate)
+    return torch.ops.rtlynx.sparse_linear(*tensors, out_dtype, activation, residual, gate)  # type: ignore[no-any-return]
 
 
 # ---- sparsify ---------------------------------------------------------------------------------------------------------------------------
@@ -305,7 +317,7 @@ def _refuse_fp8_gradient(op: str, values_dtype: torch.dtype | None) -> None:
 # ---- sparse_linear ----------------------------------------------------------------------------------------------------------------------
 
 
-_SPARSE_LINEAR_TENSORS = ("values", "metadata", "weight", "row_scale", "branch", "comp_up", "bias", "weight_scale")
+_SPARSE_LINEAR_TENSORS = ("values", "metadata", "weight", "row_scale", "branch", "comp_up", "bias", "weight_scale", "residual", "gate")
 
 
 def _sparse_linear_cpu(
@@ -318,9 +330,13 @@ def _sparse_linear_cpu(
     bias: Tensor | None,
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
-    return reference.sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
+    product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype
+    checks.check_sparse_linear(*product, activation, residual, gate)
+    return reference.sparse_linear(*product, activation, residual, gate)
 
 
 def _sparse_linear_fake(
@@ -333,8 +349,12 @@ def _sparse_linear_fake(
     bias: Tensor | None,
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    dtype = checks.check_sparse_linear(values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype)
+    product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype
+    dtype = checks.check_sparse_linear(*product, activation, residual, gate)
     teach()
     return values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
 
@@ -349,24 +369,35 @@ def _sparse_linear_cuda(
     bias: Tensor | None,
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
     tensors = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale
-    dtype = checks.check_sparse_linear(*tensors, out_dtype)
-    checks.check_contiguous("sparse_linear", _SPARSE_LINEAR_TENSORS, tensors)
+    dtype = checks.check_sparse_linear(*tensors, out_dtype, activation, residual, gate)
+    checks.check_contiguous("sparse_linear", _SPARSE_LINEAR_TENSORS, (*tensors, residual, gate))
     out = values.new_empty(values.shape[0], weight.shape[0], dtype=dtype)
-    launch.sparse_linear(*tensors, out)
+    launch.sparse_linear(*tensors, out, activation, residual, gate)
     return out
 
 
 def _sparse_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, metadata, weight, row_scale, branch, comp_up, *_ = inputs
-    ctx.save_for_backward(values, metadata, weight, row_scale, branch, comp_up)
+    values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype, activation, residual, gate = inputs
+    finished = activation != "none" or gate is not None  # the backward pass needs y then: bias and scale as well
+    ctx.save_for_backward(values, metadata, weight, row_scale, branch, comp_up, *((bias, weight_scale) if finished else (None, None)), gate)
+    ctx.out_dtype, ctx.activation, ctx.has_residual = out_dtype, activation, residual is not None
 
 
 def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    values, metadata, weight, row_scale, branch, comp_up = ctx.saved_tensors
-    _refuse_fp8_gradient("sparse_linear", values.dtype)
-    needs_values, _, needs_weight, _, needs_branch, needs_up, needs_bias = ctx.needs_input_grad[:7]
+    values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, gate = ctx.saved_tensors
+    needs_values, _, needs_weight, _, needs_branch, needs_up, needs_bias, *_ = ctx.needs_input_grad
+    if any(ctx.needs_input_grad[:8]):
+        _refuse_fp8_gradient("sparse_linear", values.dtype)
+    grad_residual, grad_gate = grad if ctx.has_residual else None, None
+    if ctx.activation != "none" or gate is not None:
+        product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, ctx.out_dtype
+        y = torch.ops.rtlynx.sparse_linear(*product)
+        grad, grad_gate = reference.finished_backward(grad, y, ctx.activation, gate)
     scaled = grad if row_scale is None else (grad * row_scale[:, None]).to(grad.dtype)
     grad_values = grad_weight = grad_branch = grad_up = grad_bias = None
     if needs_values:
@@ -380,7 +411,7 @@ def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
         grad_up = grad.T @ branch
     if needs_bias:
         grad_bias = grad.sum(0)
-    return grad_values, None, grad_weight, None, grad_branch, grad_up, grad_bias, None, None
+    return grad_values, None, grad_weight, None, grad_branch, grad_up, grad_bias, None, None, None, grad_residual, grad_gate
 
 
 # ---- registration -----------------------------------------------------------------------------------------------------------------------

@@ -214,6 +214,39 @@ def gathered(x: Tensor, places: Tensor | None) -> Tensor:
     return x if places is None else x.index_select(1, permutation_of(places))
 
 
+def finished(y: Tensor, activation: Activation = "none", residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    """``residual + gate · z`` with ``z = act(y)``, what `sparse_linear` makes of its product; each in float32 and rounded once to T.
+
+    Args:
+        y: ``(M, N)`` of dtype T.
+        activation: ``"none"`` or ``"gelu_tanh"``: see `activated`.
+        residual: ``(M, N)`` of dtype T; None: z is all.
+        gate: ``(B, N)`` of dtype T, each row for the next M / B rows of z; None: 1.
+
+    Returns:
+        ``(M, N)`` of dtype T; ``y`` itself where there is nothing to do.
+    """
+    z = activated(y, activation)
+    if residual is None:
+        return z
+    wide = z.float()
+    if gate is not None:
+        wide = wide * gate.repeat_interleave(z.shape[0] // gate.shape[0], 0).float()
+    return (residual.float() + wide).to(z.dtype)
+
+
+def finished_backward(grad: Tensor, y: Tensor, activation: Activation, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gradients of y and gate from that of ``finished(y, activation, residual, gate)``; that of a residual is ``grad`` itself."""
+    grad_gate = None
+    if gate is not None:
+        samples, n = gate.shape
+        by_sample = samples, y.shape[0] // samples, n
+        grad, z = grad.reshape(by_sample), activated(y, activation).view(by_sample)
+        grad_gate = (grad * z).sum(1)
+        grad = (grad * gate.unsqueeze(1)).view(y.shape)
+    return activated_backward(grad, y, activation, None, None)[0], grad_gate
+
+
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
     """``x - shift`` computed in float32 and rounded to ``x.dtype``; ``x`` itself without a shift."""
     return x if shift is None else (x.float() - shift).to(x.dtype)
@@ -381,8 +414,14 @@ def sparse_linear(
     bias: Tensor | None = None,
     weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    activation: Activation = "none",
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """``row_scale · (S(X) · weightᵀ) · weight_scale + branch · comp_upᵀ + bias`` in float32, rounded once: see `rtlynx.ops`."""
+    """``row_scale · (S(X) · weightᵀ) · weight_scale + branch · comp_upᵀ + bias`` in float32, rounded once, then `finished`.
+
+    See `rtlynx.ops.sparse_linear`.
+    """
     out = decompress(values, metadata).float() @ weight.float().T
     if row_scale is not None and row_scale.numel():
         out = out * row_scale[:, None]
@@ -392,4 +431,4 @@ def sparse_linear(
         out = out + branch.float() @ comp_up.float().T
     if bias is not None:
         out = out + bias.float()
-    return out.to(values.dtype if out_dtype is None else out_dtype)
+    return finished(out.to(values.dtype if out_dtype is None else out_dtype), activation, residual, gate)

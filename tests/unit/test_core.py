@@ -24,6 +24,7 @@ SPARSIFY: dict[str, Any] = dict(
 SPARSE_LINEAR: dict[str, Any] = dict(
     device_index=0, stream=0, dtype="bfloat16", m=64, n=64, k=128, rank=16,
     values=TENSOR, metadata=TENSOR, weight=TENSOR, weight_scale=0, row_scale=TENSOR, branch=TENSOR, comp_up=TENSOR, bias=TENSOR, out=TENSOR,
+    activation="gelu_tanh", residual=2 * TENSOR, gate=4 * TENSOR, gates=4,
 )  # fmt: skip
 
 FUSED_LINEAR: dict[str, Any] = dict(
@@ -141,12 +142,21 @@ def test_sparsify_refuses_before_it_asks_for_a_driver(argument: str, got: object
         ("weight", TENSOR + 2),
         ("comp_up", 0),
         ("out", 0),
+        ("activation", "gelu"),
+        ("activation", "silu_gate"),
+        ("residual", 0),
+        ("residual", TENSOR),  # that is out
+        ("residual", 2 * TENSOR + 8),
+        ("gate", 0),
+        ("gate", 4 * TENSOR + 8),
+        ("gates", 0),
+        ("gates", 3),
     ],
 )
 def test_sparse_linear_refuses_before_it_asks_for_a_driver(argument: str, got: object) -> None:
     with pytest.raises(InvalidArgumentError) as refusal:
         _core.sparse_linear(**SPARSE_LINEAR | {argument: got})
-    assert (refusal.value.op, refusal.value.argument) == ("sparse_linear", argument)
+    assert (refusal.value.op, refusal.value.argument) == ("sparse_linear", "gate" if argument == "gates" else argument)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def row_stats(m=100, k=128):
 
 def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
     branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
-    _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, 0, A, branch, comp_up, 0, A)
+    _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, 0, A, branch, comp_up, 0, A, "none", 0, 0, 0)
 
 def fused_linear(m=100, n=264, k=128, rank=0):
     branch = A if rank else 0

@@ -168,8 +168,11 @@ def test_the_product_is_given_its_arguments_in_their_places(full: bool, monkeypa
     scale, weight_scale, bias = torch.zeros(M), torch.zeros(N), torch.zeros(N).bfloat16()
     branch, up, out = torch.zeros(M, R).bfloat16(), torch.zeros(N, R).bfloat16(), torch.zeros(M, N).bfloat16()
     named = {"row_scale": scale, "branch": branch, "comp_up": up, "bias": bias, "weight_scale": weight_scale}
-    launch.sparse_linear(values, metadata, weight, *(named if full else dict.fromkeys(named)).values(), out)  # type: ignore[arg-type]
-    addresses = {name: tensor.data_ptr() if full else 0 for name, tensor in named.items()}
+    after = {"residual": torch.zeros(M, N).bfloat16(), "gate": torch.zeros(3, N).bfloat16()}
+    epilogue = ("gelu_tanh", *after.values()) if full else ()
+    launch.sparse_linear(values, metadata, weight, *(named if full else dict.fromkeys(named)).values(), out, *epilogue)  # type: ignore[arg-type]
+    addresses = {name: tensor.data_ptr() if full else 0 for name, tensor in (named | after).items()}
     addresses |= {"values": values.data_ptr(), "metadata": metadata.data_ptr(), "weight": weight.data_ptr(), "out": out.data_ptr()}
     problem = {"device_index": -1, "stream": 7, "dtype": "bfloat16_e4m3", "m": M, "n": N, "k": K, "rank": R if full else 0}
-    assert calls == [problem | addresses]
+    epilogue_options = {"activation": "gelu_tanh" if full else "none", "gates": 3 if full else 0}
+    assert calls == [problem | addresses | epilogue_options]

@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 use crate::config::{Family, Kernel, Launch, SparsifyKernel, Tile};
 use crate::device::{self, Current, check};
 use crate::dispatch;
+use crate::epilogue::Epilogue;
 use crate::error::Result;
 use crate::kernels;
 use crate::params::{SparsifyParams, SparsifySm90Params, SpmmParams, SpmmSm90Params};
@@ -108,29 +109,32 @@ fn encoded(map: Option<TensorMap>) -> Result<sys::CUtensorMap> {
     map.map_or(Ok(tensor_map::UNUSED), |map| map.encode())
 }
 
-/// Multiplies a compressed activation with a dense weight on the GPU. Returns once the kernel is enqueued; nothing is launched on an
+/// Multiplies a compressed activation with a dense weight on the GPU, and does what follows. Returns once the kernel is enqueued; nothing is launched on an
 /// error.
 ///
 /// # Safety
 ///
-/// Every non-zero address in `tensors` must be device memory of `place.device` of the shape and type [`SparseLinearTensors`] states for
-/// `problem`, alive and not written elsewhere until the stream has run the kernel. `place.stream` must be a live stream.
-pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> Result<()> {
+/// Every non-zero address in `tensors` and `epilogue` must be device memory of `place.device` of the shape and type [`SparseLinearTensors`]
+/// and [`Epilogue`] state for `problem`, alive and not written elsewhere until the stream has run the kernel. `place.stream` must be a live stream.
+pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, epilogue: &Epilogue, tensors: &SparseLinearTensors) -> Result<()> {
     problem.validate()?;
     if problem.is_empty() {
         return Ok(());
     }
     tensors.validate(problem)?;
+    epilogue.validate(problem, tensors.out)?;
     let (kernel, launch) = tuned::plan_sparse_linear(place.device, &device::arch(SPARSE_LINEAR, place.device)?, problem)?;
     match kernel.tile.family {
         // SAFETY: these are the parameters of the family's kernels; the caller vouches for what they point to.
-        Family::Sm80 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || Ok(spmm_params(problem, tensors))) },
+        Family::Sm80 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || Ok(spmm_params(problem, epilogue, tensors))) },
         // SAFETY: as above.
-        Family::Sm90 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || spmm_sm90_params(&kernel.tile, problem, tensors)) },
+        Family::Sm90 => unsafe {
+            enqueue(place, Kernel::Spmm(kernel), launch, || spmm_sm90_params(&kernel.tile, problem, epilogue, tensors))
+        },
     }
 }
 
-fn spmm_params(problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> SpmmParams {
+fn spmm_params(problem: &SparseLinearProblem, epilogue: &Epilogue, tensors: &SparseLinearTensors) -> SpmmParams {
     SpmmParams {
         values: tensors.values,
         metadata: tensors.metadata,
@@ -140,14 +144,23 @@ fn spmm_params(problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> 
         comp_up: tensors.comp_up,
         bias: tensors.bias,
         out: tensors.out,
+        residual: epilogue.residual,
+        gate: epilogue.gate,
         m: problem.m as i32,
         n: problem.n as i32,
         k: problem.k as i32,
         rank: problem.rank as i32,
+        gate_rows: epilogue.gate_rows(problem) as i32,
+        gelu_tanh: (epilogue.activation == Activation::GeluTanh).into(),
     }
 }
 
-fn spmm_sm90_params(tile: &Tile, problem: &SparseLinearProblem, tensors: &SparseLinearTensors) -> Result<SpmmSm90Params> {
+fn spmm_sm90_params(
+    tile: &Tile,
+    problem: &SparseLinearProblem,
+    epilogue: &Epilogue,
+    tensors: &SparseLinearTensors,
+) -> Result<SpmmSm90Params> {
     let maps = SpmmMaps::new(tile, problem, tensors);
     Ok(SpmmSm90Params {
         values: maps.values.encode()?,
@@ -159,10 +172,14 @@ fn spmm_sm90_params(tile: &Tile, problem: &SparseLinearProblem, tensors: &Sparse
         weight_scale: tensors.weight_scale,
         bias: tensors.bias,
         out: tensors.out,
+        residual: epilogue.residual,
+        gate: epilogue.gate,
         m: problem.m as i32,
         n: problem.n as i32,
         k: problem.k as i32,
         rank: problem.rank as i32,
+        gate_rows: epilogue.gate_rows(problem) as i32,
+        gelu_tanh: (epilogue.activation == Activation::GeluTanh).into(),
     })
 }
 
@@ -233,14 +250,14 @@ mod tests {
     #[test]
     fn no_rows_need_no_driver() {
         // SAFETY: an empty problem launches nothing.
-        assert_eq!(unsafe { sparse_linear(NOWHERE, &LINEAR, &SparseLinearTensors::default()) }, Ok(()));
+        assert_eq!(unsafe { sparse_linear(NOWHERE, &LINEAR, &Epilogue::default(), &SparseLinearTensors::default()) }, Ok(()));
     }
 
     #[test]
     fn bad_arguments_are_refused_before_the_driver_is_asked() {
         let problem = SparseLinearProblem { m: 4, ..LINEAR };
         // SAFETY: without tensors nothing is launched.
-        let refused = unsafe { sparse_linear(NOWHERE, &problem, &SparseLinearTensors::default()) };
+        let refused = unsafe { sparse_linear(NOWHERE, &problem, &Epilogue::default(), &SparseLinearTensors::default()) };
         assert!(matches!(refused, Err(Error::InvalidArgument { argument: "values", .. })), "{refused:?}");
     }
 }

@@ -18,6 +18,7 @@
 //! | [`params`] | the struct each kernel takes, twin of `cuda/include/rtlynx/params.cuh` |
 //! | [`problem`] | which problems are valid |
 //! | [`prologue`] | what selection reads: an activation or a norm, a gate, a head |
+//! | [`epilogue`] | what follows a product: an activation, a residual, a gate |
 //! | [`format`](mod@format) | constants and sizes of the compressed format, twin of `cuda/include/rtlynx/format.cuh` |
 //! | [`error`] | everything that can go wrong |
 
@@ -25,6 +26,7 @@ pub mod break_even;
 pub mod config;
 pub mod device;
 pub mod dispatch;
+pub mod epilogue;
 pub mod error;
 pub mod format;
 pub mod fused;

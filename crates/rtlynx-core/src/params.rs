@@ -139,6 +139,10 @@ pub struct SpmmParams {
     pub bias: Address,
     /// `[m, n]` out
     pub out: Address,
+    /// `[m, n]`, or null
+    pub residual: Address,
+    /// `[m / gate_rows, n]`, or null; only with a residual
+    pub gate: Address,
     /// tokens
     pub m: i32,
     /// output channels
@@ -147,6 +151,10 @@ pub struct SpmmParams {
     pub k: i32,
     /// branch rank
     pub rank: i32,
+    /// rows of Y that share a row of the gate
+    pub gate_rows: i32,
+    /// 1: Y goes through GELU (tanh) before a residual is added, 0: it does not
+    pub gelu_tanh: i32,
 }
 
 /// What the `spmm_sm90_*` kernels take.
@@ -171,6 +179,10 @@ pub struct SpmmSm90Params {
     pub bias: Address,
     /// `[m, n]` out
     pub out: Address,
+    /// `[m, n]`, or null
+    pub residual: Address,
+    /// `[m / gate_rows, n]`, or null; only with a residual
+    pub gate: Address,
     /// tokens
     pub m: i32,
     /// output channels
@@ -179,6 +191,10 @@ pub struct SpmmSm90Params {
     pub k: i32,
     /// branch rank
     pub rank: i32,
+    /// rows of Y that share a row of the gate
+    pub gate_rows: i32,
+    /// 1: Y goes through GELU (tanh) before a residual is added, 0: it does not
+    pub gelu_tanh: i32,
 }
 
 /// What the `fused_sm80_*` kernels take.

@@ -1,6 +1,7 @@
 //! The two operations on raw device addresses. Shapes, devices and lifetimes are `rtlynx.ops`' business.
 
 use pyo3::prelude::*;
+use rtlynx_core::epilogue::Epilogue;
 use rtlynx_core::launch::{self, Place};
 use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use rtlynx_core::prologue::{Activation, Prologue};
@@ -83,7 +84,7 @@ pub(crate) fn activations(device_index: i32) -> PyResult<Vec<&'static str>> {
     Ok(launch::activations(device_index).map_err(to_python)?.into_iter().map(Activation::name).collect())
 }
 
-/// Enqueue the sparse GEMM with row scale, branch and bias. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+/// Enqueue the sparse GEMM with row scale, branch, bias and what follows: activation, residual and `gates` rows of a gate. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)] // the flat boundary between two languages
 pub(crate) fn sparse_linear(
@@ -103,10 +104,16 @@ pub(crate) fn sparse_linear(
     comp_up: u64,
     bias: u64,
     out: u64,
+    activation: &str,
+    residual: u64,
+    gate: u64,
+    gates: i64,
 ) -> PyResult<()> {
     let dtype = Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?;
     let problem = SparseLinearProblem { dtype, m, n, k, rank };
     let tensors = SparseLinearTensors { values, metadata, weight, weight_scale, row_scale, branch, comp_up, bias, out };
+    let activation = Activation::parse(SPARSE_LINEAR, activation).map_err(to_python)?;
+    let epilogue = Epilogue { activation, residual, gate, gates };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
-    unsafe { launch::sparse_linear(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
+    unsafe { launch::sparse_linear(Place { device: device_index, stream }, &problem, &epilogue, &tensors) }.map_err(to_python)
 }

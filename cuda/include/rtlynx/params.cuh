@@ -76,10 +76,14 @@ struct SpmmParams {
   const void* comp_up;       // [n, rank], or null when rank == 0
   const void* bias;          // [n], or null
   void* out;                 // [m, n] out
+  const void* residual;      // [m, n], or null
+  const void* gate;          // [m / gate_rows, n], or null; only with a residual
   int32_t m;                 // tokens
   int32_t n;                 // output channels, a multiple of 8
   int32_t k;                 // input channels, a multiple of 64
   int32_t rank;              // a multiple of 16, at most 128
+  int32_t gate_rows;         // of Y that share a row of the gate
+  int32_t gelu_tanh;         // 1: Y goes through GELU (tanh) before a residual is added, 0: it does not
 };
 
 struct SpmmSm90Params {
@@ -92,10 +96,14 @@ struct SpmmSm90Params {
   const float* weight_scale;  // [n] where operands are e4m3, else null
   const void* bias;           // [n], or null
   void* out;                  // [m, n] out
+  const void* residual;       // [m, n], or null
+  const void* gate;           // [m / gate_rows, n], or null; only with a residual
   int32_t m;                  // tokens
   int32_t n;                  // output channels, a multiple of 8
   int32_t k;                  // input channels, a multiple of 64
   int32_t rank;               // a multiple of 16, at most 128
+  int32_t gate_rows;          // of Y that share a row of the gate
+  int32_t gelu_tanh;          // 1: Y goes through GELU (tanh) before a residual is added, 0: it does not
 };
 
 struct ProbeParams {

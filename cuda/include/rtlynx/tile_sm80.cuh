@@ -5,6 +5,7 @@
 #pragma once
 
 #include "rtlynx/element.cuh"
+#include "rtlynx/epilogue.cuh"
 #include "rtlynx/format.cuh"
 #include "rtlynx/ptx/cp_async.cuh"
 #include "rtlynx/ptx/ldmatrix.cuh"
@@ -134,9 +135,11 @@ struct Output {
   int m, n;          // n: a multiple of 8
 };
 
-// Rounds once and stores the tile through shared memory, so that every global store is 16 bytes of a full row segment.
-template <class Config>
-__device__ __forceinline__ void store_tile(const Output& out, TileOrigin origin, uint8_t* shared, const Accumulators<Config>& acc) {
+// Rounds once and stores the tile through shared memory, so that every global store is 16 bytes of a full row segment. `finish` makes of some
+// pieces of Y what is stored.
+template <class Config, class Finish>
+__device__ __forceinline__ void store_tile(const Output& out, TileOrigin origin, uint8_t* shared, const Accumulators<Config>& acc,
+                                           const Finish& finish) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const WarpOrigin warp = warp_origin<Config>();
   constexpr int kRowBytes = Config::kBN * 2 + 16;
@@ -157,14 +160,32 @@ __device__ __forceinline__ void store_tile(const Output& out, TileOrigin origin,
     }
   }
   __syncthreads();
-  constexpr int kRowChunks = Config::kBN / kChunk;
-  for (int i = threadIdx.x; i < Config::kBM * kRowChunks; i += Config::kThreads) {
-    const int row = i / kRowChunks, chunk = i % kRowChunks;
-    if (origin.m + row < out.m && origin.n + chunk * kChunk < out.n) {
-      auto* target = static_cast<uint16_t*>(out.data) + static_cast<int64_t>(origin.m + row) * out.n + origin.n + chunk * kChunk;
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(shared + row * kRowBytes + chunk * 16);
+  constexpr int kRowChunks = Config::kBN / kChunk, kChunks = Config::kBM * kRowChunks, kBatch = 4;
+  static_assert(kChunks % (kBatch * Config::kThreads) == 0, "every thread stores whole batches");
+  for (int first = threadIdx.x; first < kChunks; first += kBatch * Config::kThreads) {
+    Piece pieces[kBatch];
+    uint32_t words[kBatch][4];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int index = first + i * Config::kThreads, row = index / kRowChunks, chunk = index % kRowChunks;
+      const int m = origin.m + row, n = origin.n + chunk * kChunk;
+      const uint4 eight = *reinterpret_cast<const uint4*>(shared + row * kRowBytes + chunk * 16);
+      pieces[i] = {m, n, m < out.m && n < out.n};
+      words[i][0] = eight.x, words[i][1] = eight.y, words[i][2] = eight.z, words[i][3] = eight.w;
+    }
+    finish(pieces, words);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      auto* target = static_cast<uint16_t*>(out.data) + static_cast<int64_t>(pieces[i].row) * out.n + pieces[i].column;
+      if (pieces[i].inside) *reinterpret_cast<uint4*>(target) = make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
     }
   }
+}
+
+// Nothing follows Y.
+template <class Config>
+__device__ __forceinline__ void store_tile(const Output& out, TileOrigin origin, uint8_t* shared, const Accumulators<Config>& acc) {
+  store_tile<Config>(out, origin, shared, acc, [](const auto&, const auto&) {});
 }
 
 }  // namespace rtlynx

@@ -1,4 +1,4 @@
-// ld: PTX ISA, "Data Movement and Conversion Instructions: ld", "ld.global.nc".
+// ld, prefetch: PTX ISA, "Data Movement and Conversion Instructions: ld", "ld.global.nc", "prefetch".
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,19 @@ __device__ __forceinline__ uint32_t load_or_zero(const void* global, bool valid)
       : "=r"(value)
       : "l"(global), "r"(static_cast<int>(valid)));
   return value;
+}
+
+// 16 bytes, aligned to as many, in the same way.
+__device__ __forceinline__ void load_or_zero(const void* global, bool valid, uint32_t (&words)[4]) {
+  asm("{.reg .pred valid;\n"
+      "setp.ne.b32 valid, %5, 0;\n"
+      "mov.b32 %0, 0;\n"
+      "mov.b32 %1, 0;\n"
+      "mov.b32 %2, 0;\n"
+      "mov.b32 %3, 0;\n"
+      "@valid ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];}"
+      : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+      : "l"(global), "r"(static_cast<int>(valid)));
 }
 
 // Two elements of 2 bytes that stand apart in shared memory, the first in the low half.
@@ -37,5 +50,8 @@ __device__ __forceinline__ void load_words(const uint32_t* global, uint32_t (&wo
   const uint2 pair = __ldg(reinterpret_cast<const uint2*>(global));
   words[0] = pair.x, words[1] = pair.y;
 }
+
+// Brings the line around an address into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 }  // namespace rtlynx::ptx
