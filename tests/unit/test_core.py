@@ -19,7 +19,7 @@ SPARSIFY: dict[str, Any] = dict(
     device_index=0, stream=0, dtype="bfloat16", m=64, k=128, ldx=128, rank=16, branch_of_dropped=True, eps=1e-8, values_scale=1.0,
     activation="none", head_k=0, ld_head=0, ld_gate=0, gate=0, head=0,
     norm_rows=0, norm_stats=0, norm_weight=0, norm_bias=0,
-    x=TENSOR, score=0, shift=0, comp_down=TENSOR, values=TENSOR, metadata=TENSOR, row_scale=TENSOR, branch=TENSOR,
+    x=TENSOR, score=0, shift=0, places=0, comp_down=TENSOR, values=TENSOR, metadata=TENSOR, row_scale=TENSOR, branch=TENSOR,
 )  # fmt: skip
 SPARSE_LINEAR: dict[str, Any] = dict(
     device_index=0, stream=0, dtype="bfloat16", m=64, n=64, k=128, rank=16,
@@ -121,7 +121,7 @@ def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
             ("gate", TENSOR),
             ("head", TENSOR),
         ],
-        *[("score", TENSOR + 4), ("comp_down", 0), ("branch", 0), ("values", 0), ("metadata", 0)],
+        *[("score", TENSOR + 4), ("places", TENSOR + 8), ("comp_down", 0), ("branch", 0), ("values", 0), ("metadata", 0)],
     ],
 )
 def test_sparsify_refuses_before_it_asks_for_a_driver(argument: str, got: object) -> None:

@@ -25,11 +25,11 @@ from rtlynx import _core
 from rtlynx.errors import RTLynxError
 A = 1 << 20
 
-def sparsify(m=100, rank=96, device=1, k=128, activation="none", head_k=0, norm_rows=0):
+def sparsify(m=100, rank=96, device=1, k=128, activation="none", head_k=0, norm_rows=0, places=0):
     gated, branch, normed = activation == "silu_gate", A if rank else 0, activation == "norm"
     prologue = (activation, head_k, head_k + 8 if head_k else 0, k if gated else 0, norm_rows)
     inputs = (A, 2 * A if gated else 0, 3 * A if head_k else 0, A if normed else 0, A if normed else 0, 0)
-    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, *prologue, *inputs, 0, 0, branch, A, A, A, branch, True, 1e-8, 1.0)
+    _core.sparsify(device, 0x5, "bfloat16", m, k, k, rank, *prologue, *inputs, 0, 0, places, branch, A, A, A, branch, True, 1e-8, 1.0)
 
 def row_stats(m=100, k=128):
     _core.row_stats(1, 0x5, "float16", m, k, k, A, A, True, 1e-6)
@@ -184,6 +184,20 @@ def test_hopper_maps_what_x_is_made_of(driver: Path, activation: str, head_k: in
         wanted.append(f"map 0x200000: type 9, rank 2, {320 - head_k}x100, stride 640, box 64x64")
     assert maps == wanted
     assert f"{bytes} bytes" in next(call for call in calls if call.startswith("launch"))
+
+
+@needs_device_code
+def test_hopper_maps_pieces_where_channels_are_gathered(driver: Path) -> None:
+    calls = run(driver, "sparsify(k=320, activation='silu_gate', head_k=64, places=4 * A)")
+    assert "sparsify_sm90_bf16_r64_silu_gate_gathered" in calls
+    boxes = [call.split(" of ")[0].split("box ")[1] for call in calls if call.startswith("map") and "rank 2" in call]
+    assert boxes == ["16x64"] * 3
+
+
+@needs_device_code
+def test_gathered_channels_have_kernels_and_memory_of_their_own(driver: Path) -> None:
+    calls = run(driver, "sparsify(rank=16, places=4 * A)", capability=80)
+    assert "sparsify_bf16_r16_gathered" in calls and "16384 bytes" in calls[-2]
 
 
 def test_an_activation_is_refused_where_no_kernel_does_it(driver: Path) -> None:

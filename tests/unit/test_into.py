@@ -117,12 +117,14 @@ def test_selection_is_given_its_arguments_in_their_places(full: bool, monkeypatc
     x, gate, head = wide[:, :K], wide[:, K : 2 * K], torch.zeros(M, 64).bfloat16()
     none = {"norm_rows": 0, "norm_stats": 0, "norm_weight": 0, "norm_bias": 0}
     score, shift, down = torch.ones(K + 64), torch.zeros(K + 64), torch.zeros(K + 64, R).bfloat16()
+    places = torch.zeros(K + 64, dtype=torch.uint8)
     values, metadata = torch.zeros(M, (K + 64) // 2, dtype=E4M3), torch.zeros(1, 5, 32, 4, dtype=torch.int32)
     scale, branch = torch.zeros(M), torch.zeros(M, R).bfloat16()
     named = {"gate": gate, "head": head, "score": score, "shift": shift, "comp_down": down, "row_scale": scale, "branch": branch}
+    named |= {"places": places}
     of = named if full else dict.fromkeys(named)
     inputs = of["gate"], of["head"], of["score"], of["shift"], of["comp_down"]
-    launch.sparsify(x, *inputs, values, metadata, of["row_scale"], of["branch"], True, 1e-8, 0.5, "silu_gate")
+    launch.sparsify(x, *inputs, values, metadata, of["row_scale"], of["branch"], True, 1e-8, 0.5, "silu_gate", of["places"])
     rows = (
         {"ldx": 3 * K, "ld_gate": 3 * K, "head_k": 64, "ld_head": 64} if full else {"ldx": 3 * K, "ld_gate": 0, "head_k": 0, "ld_head": 0}
     )

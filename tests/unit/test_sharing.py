@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import rtlynx
+from permutations import free, in_windows
 from rtlynx import SparseLinear, SparsityConfig, ops
 from rtlynx.sharing import InputGroup
 
@@ -296,13 +297,12 @@ def test_files_hold_every_tensor_apart(tmp_path: Path) -> None:
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("permutation", [None, free(K), in_windows(K)], ids=["plain", "free", "windows"])
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
-def test_a_compiled_block_selects_once(permuted: bool, dynamic: bool) -> None:
+def test_a_compiled_block_selects_once(permutation: Tensor | None, dynamic: bool) -> None:
     b = block()
     for layer in layers(b):
-        permutation = torch.randperm(K, generator=rng(1)) if permuted else None
         layer.set_compensation(layer.comp_down, layer.comp_up, permutation=permutation)
     torch._dynamo.reset()
     compiled = torch.compile(b, fullgraph=True, dynamic=dynamic)
