@@ -49,7 +49,9 @@ def _fits(match: Any) -> bool:
     def equal(shape: Any, other: Any) -> bool:
         return len(shape) == len(other) and all(statically_known_true(a == b) for a, b in zip(shape, other, strict=True))
 
-    product, view, *_ = _chain(match)
+    product, view, add = _chain(match)
+    if product.kwargs or add.kwargs:  # a factor on what is added: not every torch's pattern minds it
+        return False
     operands = [product, view, match.kwargs["residual"], match.kwargs["gate"]]
     if not all(isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor) for node in operands):
         return False
@@ -64,7 +66,7 @@ def _fits(match: Any) -> bool:
         return False
     if not (statically_known_true(samples == 1) or statically_known_true(samples == y.shape[0])):
         return False
-    return not product.kwargs and all(given is None for given in product.args[_RESIDUAL:]) and statically_known_true(m % samples == 0)
+    return all(given is None for given in product.args[_RESIDUAL:]) and statically_known_true(m % samples == 0)
 
 
 def _chain(match: Any) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -83,7 +85,7 @@ def _fuse(match: Any, *_arguments: Any, residual: fx.Node, gate: fx.Node) -> Non
     aten = torch.ops.aten
 
     def call(op: Any, *arguments: Any, **options: Any) -> fx.Node:
-        node = match.graph.call_function(op, arguments, options)
+        node: fx.Node = match.graph.call_function(op, arguments, options)
         values = fx.map_arg((arguments, options), lambda argument: argument.meta["val"])
         with V.fake_mode:
             node.meta = {"val": op(*values[0], **values[1])}
@@ -99,4 +101,5 @@ def _fuse(match: Any, *_arguments: Any, residual: fx.Node, gate: fx.Node) -> Non
         out = match.graph.call_function(view.target, (fused, *view.args[1:]))
         out.meta = dict(add.meta)
     add.replace_all_uses_with(out)
-    match.erase_nodes()
+    for node in reversed(match.nodes):
+        match.graph.erase_node(node)

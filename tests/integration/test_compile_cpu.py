@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 import rtlynx
 from rtlynx import SparseLinear, SparsityConfig
@@ -54,6 +55,22 @@ def test_repeated_blocks_of_a_diffusers_model() -> None:
     want = output(model, inputs)
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")  # type: ignore[operator]
     torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_products_of_diffusers_blocks_add_to_the_residual() -> None:
+    tiny = TINY["flux"]
+    model = rtlynx.apply(tiny.build("cpu", torch.bfloat16), SparsityConfig(small_m="sparse"))
+    inputs = tiny.inputs("cpu", torch.bfloat16)
+    want = output(model, inputs)
+    model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        got, code = run_and_get_code(lambda: output(model, inputs))
+    calls = [line for graph in code for line in graph.splitlines() if "rtlynx.sparse_linear_into.default(" in line]
+    with_residual = sum("'none', " in call for call in calls)
+    # Both attention outputs and both feed-forwards of the double-stream block, proj_out of two single-stream ones, which may share a graph.
+    assert with_residual in (5, 6) and with_residual < len(calls)
+    assert (got - want).norm() / want.norm() < 2e-2  # bfloat16, rounded less often
 
 
 def test_calibrating_a_compiled_model_sees_its_activations() -> None:

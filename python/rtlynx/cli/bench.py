@@ -179,6 +179,36 @@ def activation(
     console.print(f"wrote {path}")
 
 
+@app.command("epilogue")
+def epilogue(
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    repeats: Repeats = 30,
+    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+) -> None:
+    """Time a product with what follows it in its kernel, and with passes of their own behind it."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.epilogue import AFTER, EpilogueTimes, measure_epilogue
+    from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.results import write_csv
+    from rtlynx.report.table import Column, terminal_table
+
+    rows = [row for after in AFTER for row in measure_epilogue(after, rank, repeats)]
+    columns = [Column(key, key) for key in ("m", "n", "k", "after", "operands")]
+    columns += [Column(f"{key}_ms", f"{key} ms", "{:.4f}") for key in ("product", "fused", "eager", "compiled")]
+    console = Console(highlight=False)
+    console.print(terminal_table(columns, [asdict(row) for row in rows]))
+    if out is None:
+        return
+    path = out / gpu_slug() / "epilogue.csv"
+    write_csv(path, describe(f"rtlynx bench epilogue --rank {rank} --repeats {repeats}", commit), rows, EpilogueTimes)
+    console.print(f"wrote {path}")
+
+
 @app.command("host")
 def host(rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64, repeats: Repeats = 30) -> None:
     """Measure what a call of a layer costs the host, eager and compiled."""
