@@ -153,7 +153,7 @@ def activation(
     out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
 ) -> None:
-    """Time selection with the activation before it in its kernel, and with a pass of its own before it."""
+    """Time selection with the activation or the permutation before it in its kernel, and with a pass of its own before it."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -165,7 +165,7 @@ def activation(
     from rtlynx.report.table import Column, terminal_table
 
     rows = [row for before in BEFORE for row in measure_activation(before, rank, repeats)]
-    columns = [Column(key, key) for key in ("m", "k", "head_k", "activation", "values")]
+    columns = [Column(key, key) for key in ("m", "k", "head_k", "activation", "gathered", "values")]
     columns += [Column(f"{key}_ms", f"{key} ms", "{:.4f}") for key in ("select", "fused", "eager", "compiled", "copy")]
     console = Console(highlight=False)
     console.print(terminal_table(columns, [asdict(row) for row in rows]))
