@@ -197,16 +197,19 @@ def permutation_of(places: Tensor) -> Tensor:
 
 
 def places_of(permutation: Tensor) -> Tensor | None:
-    """Inverse of `permutation_of`: ``(K,)`` uint8, or None where a channel leaves its window.
+    """Inverse of `permutation_of`: ``(K,)`` uint8, or None where a window has not each of its channels once, K no multiple of 64.
 
     Args:
-        permutation: ``(K,)`` int64, every channel once, K a multiple of 64.
+        permutation: ``(K,)`` int64.
     """
     k = len(permutation)
+    if k % K_MULTIPLE:
+        return None
+    in_order = permutation_of(torch.arange(K_MULTIPLE, device=permutation.device).repeat(k // K_MULTIPLE))
+    if not torch.equal(permutation.view(-1, K_MULTIPLE).sort(1).values.flatten(), in_order):
+        return None
     quarter = k // (K_MULTIPLE // PIECE)
-    piece, within = permutation // quarter, permutation % quarter
-    window = torch.arange(k, device=permutation.device) // K_MULTIPLE
-    return (piece * PIECE + within % PIECE).byte() if torch.equal(within // PIECE, window) else None
+    return (permutation // quarter * PIECE + permutation % quarter % PIECE).byte()
 
 
 def gathered(x: Tensor, places: Tensor | None) -> Tensor:

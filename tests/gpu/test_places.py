@@ -92,7 +92,7 @@ def test_activation(
     down = torch.randn(k, rank, device="cuda", dtype=dtype) if rank else None
     args = None, None, down, "dropped", True, reference.EPS, values_dtype, 1.0
     whole = as_the_kernel_has_it(x, *what)
-    assert_equal(ops.sparsify(x, *args, *what, places), ops.sparsify(whole.index_select(1, permutation), *args))
+    assert_equal(ops.sparsify(x, *args, *what, places=places), ops.sparsify(whole.index_select(1, permutation), *args))
 
 
 def as_the_kernel_has_it(x: torch.Tensor, activation: Activation, gate: torch.Tensor | None, head: torch.Tensor | None) -> torch.Tensor:

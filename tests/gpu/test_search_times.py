@@ -65,6 +65,6 @@ def test_dense_steps_read_the_clock_on_the_device() -> None:
     model, inputs = tiny.build("cuda", torch.bfloat16), tiny.inputs("cuda", torch.bfloat16)
     inputs = {**inputs, "timestep": torch.full_like(inputs["timestep"], 0.95)}
     want = output(model, inputs)
-    rtlynx.apply(model, SparsityConfig(small_m="sparse", dense_first=0.1))
+    rtlynx.apply(model, SparsityConfig(small_m="sparse", dense_first=0.1, fuse=False))  # fused blocks round in other places
     assert torch.equal(output(model, inputs), want)
     assert not torch.equal(output(model, {**inputs, "timestep": inputs["timestep"] / 2}), want)

@@ -270,6 +270,7 @@ def test_everything_calibration_finds_travels_in_the_file(method: str, tmp_path:
     assert loaded.method == method
     kinds = {key.rpartition(".")[2] for key in loaded.tensors}
     expected = {"comp_down", "comp_up", "comp_bias", "shift", "permutation"}
+    assert all(layer.places is not None for layer in sparse_layers(pipe.transformer).values() if layer.permutation is not None)
     assert kinds == (expected | {"sparse_weight"} if method == "joint" else expected)  # a permuted weight is made again, not stored
     other = Pipe()
     rtlynx.load_compensation(other, tmp_path / "all.safetensors")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rtlynx
+from permutations import free, in_windows
 from rtlynx import SparseLinear, SparsityConfig, ops
 from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
 
@@ -30,15 +31,16 @@ SELECTIONS = {
 """Family → how often its small model selects."""
 
 
-def build(tiny: Tiny, config: SparsityConfig | None = None) -> tuple[Any, dict[str, Any]]:
-    """With a branch in every layer, one `comp_down` for all of the same width."""
+def build(tiny: Tiny, config: SparsityConfig | None = None, order: Callable[[int], Tensor] | None = None) -> tuple[Any, dict[str, Any]]:
+    """With a branch in every layer, one `comp_down` for all of the same width, and one permutation if `order` gives any."""
     model, inputs = tiny.build("cpu", torch.float32), tiny.inputs("cpu", torch.float32)
     rtlynx.apply(model, config or SparsityConfig(rank=16))
     rng = torch.Generator().manual_seed(0)
     downs: dict[int, Tensor] = {}
     for layer in layers(model):
         down = downs.setdefault(layer.in_features, torch.randn(layer.in_features, 16, generator=rng) / 30)
-        layer.set_compensation(down, torch.randn(layer.out_features, 16, generator=rng) / 30)
+        permutation = None if order is None else order(layer.in_features)
+        layer.set_compensation(down, torch.randn(layer.out_features, 16, generator=rng) / 30, permutation=permutation)
     return model, inputs
 
 
@@ -73,8 +75,11 @@ def test_selections_of_a_forward(family: str, selections: list[None]) -> None:
 
 @pytest.mark.parametrize("family", ["flux", "pixart", "wan"])  # those that diffusers can fuse
 @pytest.mark.parametrize("options", [{}, {"selection": "weight"}, {"precision": "fp8"}], ids=str)
-def test_fused_projections_stay_sparse(family: str, options: dict[str, Any], selections: list[None]) -> None:
-    model, inputs = build(ALL[family], SparsityConfig(rank=16, **options))
+@pytest.mark.parametrize("order", [None, free, in_windows], ids=["plain", "free", "windows"])
+def test_fused_projections_stay_sparse(
+    family: str, options: dict[str, Any], order: Callable[[int], Tensor] | None, selections: list[None]
+) -> None:
+    model, inputs = build(ALL[family], SparsityConfig(rank=16, **options), order)
     want = output(model, inputs)
     before = len(selections)
     model.fuse_qkv_projections()

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rtlynx
 from permutations import free, in_windows
 from rtlynx import SparseLinear, SparsityConfig, reference
 from rtlynx.calibrate.selection import Selection, choose
+from rtlynx.fp8 import dequantized_weight
 from rtlynx.reference import Activation, activated
 from rtlynx.sharing import InputGroup
 
@@ -131,6 +133,18 @@ def test_a_layer_that_is_nowhere_gets_places_when_it_is_filled() -> None:
     assert away.places is None
     away.load_state_dict(layer.state_dict(), assign=True)
     assert away.places is not None and torch.equal(away(tokens(9)), layer(tokens(9)))
+
+
+@torch.no_grad()
+def test_a_compact_layer_keeps_its_places_and_gathers_where_it_is_dense() -> None:
+    layer = permuted(in_windows(K), torch.bfloat16, precision="fp8")
+    x = tokens(9, torch.bfloat16)
+    want = layer(x)
+    rtlynx.compact(nn.Sequential(layer))
+    assert layer.is_compact and layer.places is not None and torch.equal(layer(x), want)
+    layer.dense = True
+    dense = torch.nn.functional.linear(x[..., in_windows(K)], dequantized_weight(layer.weight, layer.compact_scale, x.dtype), layer.bias)
+    assert torch.equal(layer(x), dense)
 
 
 @torch.no_grad()

@@ -48,13 +48,17 @@ def test_places_are_the_permutation(k: int) -> None:
     assert all(window.sort().values.tolist() == list(range(64)) for window in found.view(-1, 64))
 
 
-def test_a_permutation_that_leaves_its_windows_has_no_places() -> None:
+def test_what_is_no_permutation_of_windows_has_no_places() -> None:
     assert places_of(free(K)) is None
     assert places_of(torch.arange(K)) is None  # neighbours are of one quarter
     assert places_of(free(64)) is not None
     swapped = in_windows(K)
     swapped[[63, 64]] = swapped[[64, 63]]
     assert places_of(swapped) is None
+    twice = in_windows(K)
+    twice[1] = twice[0]
+    for other in (twice, torch.zeros(64, dtype=torch.int64), in_windows(K) + K, in_windows(K) - K, torch.arange(96)):
+        assert places_of(other) is None
 
 
 @pytest.mark.parametrize("values_dtype", [None, E4M3])

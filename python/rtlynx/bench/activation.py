@@ -1,4 +1,4 @@
-"""What the activation or the norm before a selection costs: in the selection's kernel, and as a pass of its own before it."""
+"""What an activation, a norm or a permutation before a selection costs: in the selection's kernel, and as a pass of its own before it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch import Tensor
 from rtlynx import ops
 from rtlynx.bench.timing import time_interleaved
 from rtlynx.fp8 import missing_kernels
-from rtlynx.reference import E4M3, Activation, activated
+from rtlynx.reference import E4M3, K_MULTIPLE, Activation, activated, permutation_of
 from rtlynx.row_stats import row_stats
 
 
 @dataclass(frozen=True)
 class Before:
-    """A selection of a real model from M tokens of K channels, and the activation before all of them but the first `head_k`."""
+    """A selection of a real model from M tokens of K channels; before it, an activation of all but the first `head_k`, or a permutation."""
 
     m: int
     k: int
     head_k: int
     activation: Activation
+    gathered: bool = False
 
 
 BEFORE: tuple[Before, ...] = (
@@ -34,6 +35,9 @@ BEFORE: tuple[Before, ...] = (
     Before(4608, 15360, 3072, "gelu_tanh"),  # FLUX.1: proj_out of a single-stream block, behind the attention
     Before(4224, 10240, 0, "silu_gate"),  # Z-Image
     Before(4608, 24576, 6144, "silu_gate"),  # FLUX.2: to_out of a single-stream block, behind the attention
+    Before(4608, 3072, 0, "none", gathered=True),  # FLUX.1: attention of a single-stream block
+    Before(4608, 12288, 0, "none", gathered=True),  # feed-forward
+    Before(4608, 15360, 0, "none", gathered=True),  # proj_out
 )
 
 
@@ -62,12 +66,14 @@ class ActivationTimes:
         k: Channels of X.
         head_k: How many of them come ahead of the activation.
         activation: See `rtlynx.reference.activated`; or which of `NORMS`.
+        gathered: Whether channels are gathered by a permutation.
         rank: Of the branch.
         values: "bf16" or "e4m3".
         select_ms: Selection from an X that is in memory.
-        fused_ms: `rtlynx.ops.sparsify` with the activation; with the norm, and `rtlynx.row_stats.row_stats` before it.
-        eager_ms: The activation and the concatenation by torch, as diffusers has them, then selection; the norm by torch's one kernel.
-        compiled_ms: The same with what comes before selection compiled to one kernel.
+        fused_ms: `rtlynx.ops.sparsify` with the activation and the places; with the norm, and `rtlynx.row_stats.row_stats` before it.
+        eager_ms: The activation and the concatenation by torch, as diffusers has them, and ``index_select``, then selection; the norm by
+            torch's one kernel.
+        compiled_ms: The same with all before selection compiled.
         copy_ms: A device copy of as many bytes as `fused_ms` has to move.
     """
 
@@ -75,6 +81,7 @@ class ActivationTimes:
     k: int
     head_k: int
     activation: str
+    gathered: bool
     rank: int
     values: str
     select_ms: float
@@ -93,8 +100,10 @@ def measure_activation(before: Before, rank: int, repeats: int = 30) -> list[Act
     gate = _random(m, k - head_k) if activation == "silu_gate" else None
     head = _random(m, head_k) if head_k else None
     down = _random(k, rank) / math.sqrt(k) if rank else None
-    whole = activated(x, activation, gate, head)
-    made = torch.compile(activated, fullgraph=True)
+    places = torch.rand(k // K_MULTIPLE, K_MULTIPLE, device="cuda").argsort(1).flatten().byte() if before.gathered else None
+    permutation = None if places is None else permutation_of(places)
+    whole = _made(activated(x, activation, gate, head), permutation)
+    made = torch.compile(lambda *what: _made(activated(*what), permutation), fullgraph=True)
     rows = []
     for name, values_dtype in (("bf16", None), ("e4m3", E4M3)):
         if values_dtype is not None and missing_kernels(x.device):
@@ -105,21 +114,23 @@ def measure_activation(before: Before, rank: int, repeats: int = 30) -> list[Act
             activation: Activation = "none",
             gate: Tensor | None = None,
             head: Tensor | None = None,
+            places: Tensor | None = None,
             values_dtype: torch.dtype | None = values_dtype,
         ) -> object:
-            return ops.sparsify(x, comp_down=down, values_dtype=values_dtype, activation=activation, gate=gate, head=head)
+            return ops.sparsify(x, comp_down=down, values_dtype=values_dtype, activation=activation, gate=gate, head=head, places=places)
 
         moved = (whole.numel() + (0 if gate is None else gate.numel())) * 2 + whole.numel() // 2 * (2 if values_dtype is None else 1)
         moved += whole.numel() // 8 + 2 * rank * (m + k)
         calls: dict[str, Callable[[], object]] = {
             "select": lambda: select(whole),
-            "fused": lambda: select(x, activation, gate, head),
-            "eager": lambda: select(_as_diffusers(x, activation, gate, head)),
+            "fused": lambda: select(x, activation, gate, head, places),
+            "eager": lambda: select(_made(_as_diffusers(x, activation, gate, head), permutation)),
             "compiled": lambda: select(made(x, activation, gate, head)),
             "copy": _copy_that_moves(moved),
         }
         times = time_interleaved(calls, repeats)
-        rows.append(ActivationTimes(m, k, head_k, activation, rank, name, **{f"{what}_ms": ms for what, ms in times.items()}))
+        milliseconds = {f"{what}_ms": ms for what, ms in times.items()}
+        rows.append(ActivationTimes(m, k, head_k, activation, before.gathered, rank, name, **milliseconds))
     return rows
 
 
@@ -156,15 +167,19 @@ def measure_norm(before: Norm, rank: int, repeats: int = 30) -> list[ActivationT
             "copy": _copy_that_moves(moved),
         }
         times = time_interleaved(calls, repeats)
-        rows.append(ActivationTimes(m, k, 0, before.norm, rank, name, **{f"{what}_ms": ms for what, ms in times.items()}))
+        rows.append(ActivationTimes(m, k, 0, before.norm, False, rank, name, **{f"{what}_ms": ms for what, ms in times.items()}))
     return rows
+
+
+def _made(whole: Tensor, permutation: Tensor | None) -> Tensor:
+    return whole if permutation is None else whole.index_select(1, permutation)
 
 
 def _as_diffusers(x: Tensor, activation: Activation, gate: Tensor | None, head: Tensor | None) -> Tensor:
     """`activated` in the model's dtype, operation by operation."""
     if gate is not None:
         x = torch.nn.functional.silu(x) * gate
-    else:
+    elif activation != "none":
         x = torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
     return x if head is None else torch.cat([head, x], 1)
 

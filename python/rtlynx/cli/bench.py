@@ -155,7 +155,7 @@ def activation(
     out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
 ) -> None:
-    """Time selection with the activation or the norm before it in its kernel, and with a pass of its own before it."""
+    """Time selection with the activation, the norm or the permutation before it in its kernel, and with a pass of its own before it."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -168,7 +168,7 @@ def activation(
 
     rows = [row for before in BEFORE for row in measure_activation(before, rank, repeats)]
     rows += [row for norm in NORMS for row in measure_norm(norm, rank, repeats)]
-    columns = [Column(key, key) for key in ("m", "k", "head_k", "activation", "values")]
+    columns = [Column(key, key) for key in ("m", "k", "head_k", "activation", "gathered", "values")]
     columns += [Column(f"{key}_ms", f"{key} ms", "{:.4f}") for key in ("select", "fused", "eager", "compiled", "copy")]
     console = Console(highlight=False)
     console.print(terminal_table(columns, [asdict(row) for row in rows]))
