@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 
 import rtlynx
 from fused_models import ALL, F32, layers, sparse
-from rtlynx import SparsityConfig
+from rtlynx import SparsityConfig, ops
 from rtlynx.fusions import flux_attention, fusion, install_fusions, known, rotary, single_stream
 from tiny_models import output, relative_error
 
@@ -63,6 +63,24 @@ def embedding(tokens: int, channels: int) -> tuple[Tensor, Tensor]:
     """As FLUX.1 gives it: every angle twice in a row."""
     angles = (100 * torch.randn(tokens, channels // 2)).repeat_interleave(2, 1)
     return angles.cos(), angles.sin()
+
+
+def test_products_add_to_the_residual_where_a_layer_comes_last(rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse("flux")
+    residuals: list[bool] = []
+    product: Callable[..., Tensor] = ops.sparse_linear
+
+    def watching(*args: Any) -> Tensor:
+        residuals.append(args[10] is not None)
+        return product(*args)
+
+    monkeypatch.setattr(ops, "sparse_linear", watching)
+    with torch.no_grad():
+        model(**one_sample(inputs))
+    assert sum(residuals) == 2 + 2  # the feed-forwards of image and text in the double-stream block, proj_out of the others
+    residuals.clear()
+    model(**one_sample(inputs))
+    assert residuals and not any(residuals)  # a gradient would compute the product again
 
 
 # ---- the rotation ------------------------------------------------------------------------------------------------------------------------

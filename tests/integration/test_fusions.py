@@ -47,10 +47,10 @@ def taken_in(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     seen: list[tuple[str, bool]] = []
     sparsify: Callable[..., Any] = ops.sparsify
 
-    def watching(*args: Any) -> Any:
+    def watching(*args: Any, **kwargs: Any) -> Any:
         if len(args) > 9 and (args[9] != "none" or args[11] is not None):
             seen.append((args[9], args[11] is not None))
-        return sparsify(*args)
+        return sparsify(*args, **kwargs)
 
     monkeypatch.setattr(ops, "sparsify", watching)
     return seen
@@ -69,8 +69,8 @@ def test_fused_is_what_it_was_before(family: str, dtype: torch.dtype, precision:
     assert sorted(taken_in) == expected(family)
     want = unfused(model, inputs)
     assert len(taken_in) == len(expected(family))
-    # A gated activation is rounded once instead of twice, and what is selected may change with the last bit.
-    limit = 1e-6 if dtype == F32 else 0.15 if "silu_gate" in dict(taken_in) else 0
+    # A gated activation, and a gated sum behind a layer, is rounded once instead of twice; what is selected may change with the last bit.
+    limit = 1e-6 if dtype == F32 else 0.15 if "silu_gate" in dict(taken_in) else 0.01
     assert relative_error(got, want) <= limit
 
 

@@ -294,7 +294,7 @@ def test_layers_share_their_selection_where_precision_and_scale_agree(copied: An
     layers = (module.to_q, module.to_k, module.to_v)
     asked: list[Tensor] = []
     select = ops.sparsify
-    monkeypatch.setattr(ops, "sparsify", lambda x, *args: (asked.append(x), select(x, *args))[1])
+    monkeypatch.setattr(ops, "sparsify", lambda x, *args, **more: (asked.append(x), select(x, *args, **more))[1])
 
     def selections() -> int:
         asked.clear()

@@ -124,7 +124,7 @@ def test_selection_is_given_its_arguments_in_their_places(full: bool, monkeypatc
     named |= {"places": places}
     of = named if full else dict.fromkeys(named)
     inputs = of["gate"], of["head"], of["score"], of["shift"], of["comp_down"]
-    launch.sparsify(x, *inputs, values, metadata, of["row_scale"], of["branch"], True, 1e-8, 0.5, "silu_gate", of["places"])
+    launch.sparsify(x, *inputs, values, metadata, of["row_scale"], of["branch"], True, 1e-8, 0.5, "silu_gate", places=of["places"])
     rows = (
         {"ldx": 3 * K, "ld_gate": 3 * K, "head_k": 64, "ld_head": 64} if full else {"ldx": 3 * K, "ld_gate": 0, "head_k": 0, "ld_head": 0}
     )

@@ -71,7 +71,7 @@ def test_it_is_as_if_channels_were_gathered_before(
     x, gate, before = inputs(21, activation, head, dtype)
     score, shift, down = torch.rand(K), torch.randn(K), torch.randn(K, 16).to(dtype)
     selection = score, shift, down, "dropped", True, 1e-8, values_dtype, 2.0 if values_dtype else 1.0
-    got = ops.sparsify(x, *selection, activation, gate, before, places())
+    got = ops.sparsify(x, *selection, activation, gate, before, places=places())
     want = ops.sparsify(reference.activated(x, activation, gate, before)[:, in_windows(K)], *selection)
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
@@ -104,7 +104,8 @@ def test_gradients_go_back_to_the_channels_they_came_from(activation: Activation
 @pytest.mark.parametrize("activation", ["none", "silu_gate"])
 def test_opcheck(activation: Activation) -> None:
     x, gate, before = inputs(9, activation, HEAD)
-    args = x.requires_grad_(), None, None, torch.randn(K, 16), "dropped", True, 1e-8, None, 1.0, activation, gate, before, places()
+    selection = None, None, torch.randn(K, 16), "dropped", True, 1e-8, None, 1.0
+    args = x.requires_grad_(), *selection, activation, gate, before, None, None, None, places()
     torch.library.opcheck(torch.ops.rtlynx.sparsify.default, args)
 
 

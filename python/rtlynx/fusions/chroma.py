@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.models.transformers import transformer_chroma
 from torch import Tensor
 
-from rtlynx.fusions.fusion import Fusion, add_gated
+from rtlynx.fusions.fusion import Fusion
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import clipped, fusion_of
 
@@ -44,8 +44,7 @@ class ChromaSingleTransformerBlock(transformer_chroma.ChromaSingleTransformerBlo
         attended = self.attn(
             hidden_states=normed, image_rotary_emb=image_rotary_emb, attention_mask=pairs, **(joint_attention_kwargs or {})
         )
-        update = fusion.layer.select_activated(mlp, fusion.activation, head=attended)
-        return clipped(add_gated(hidden_states, gate, update))
+        return clipped(fusion.layer.select_activated(mlp, fusion.activation, head=attended, residual=hidden_states, residual_gate=gate))
 
 
 known_to_hooks(ChromaSingleTransformerBlock)

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.models import activations, attention
 from torch import Tensor, nn
 
-from rtlynx.fusions.fusion import Fusion, gelu_named, inactive, plain
+from rtlynx.fusions.fusion import Fusion, add_gated, gelu_named, inactive, plain
 from rtlynx.linear import SparseLinear
 from rtlynx.reference import Activation
 
@@ -32,14 +32,35 @@ class FeedForward(attention.FeedForward):
         fusion = None if args or kwargs else FeedForward.fusion(self)
         if fusion is None or not fusion.pays(hidden_states.shape[:-1].numel(), hidden_states.device):
             return _forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        first, _, last, *final = self.net
-        x, gate = first.proj(hidden_states), None
-        if fusion.activation == "silu_gate":
-            gate, x = x.chunk(2, dim=-1)
-        output = last.select_activated(x, fusion.activation, gate)
-        for module in final:
+        output = _activated_output(self, fusion, hidden_states)
+        for module in self.net[3:]:
             output = module(output)
-        return output  # type: ignore[no-any-return]
+        return output
+
+
+def add_gated_output(residual: Tensor, gate: Tensor, ff: Any, x: Tensor) -> Tensor:
+    """``residual + gate * ff(x)``, by the last product of ``ff`` where that takes in its activation too.
+
+    Args:
+        residual: ``(B, S, C)``.
+        gate: ``(B, C)``.
+        ff: A feed-forward of a model with fusions, diffusers' or another.
+        x: ``(B, S, C)``.
+    """
+    fusion: Fusion | None = ff.fusion() if plain(ff, FeedForward) and all(map(inactive, ff.net[3:])) else None
+    if fusion is None or not fusion.pays(x.shape[:-1].numel(), x.device):
+        return add_gated(residual, gate, ff(x))
+    return _activated_output(ff, fusion, x, residual, gate)
+
+
+def _activated_output(
+    ff: Any, fusion: Fusion, hidden_states: Tensor, residual: Tensor | None = None, residual_gate: Tensor | None = None
+) -> Tensor:
+    """Both linears, and what the second one takes in before it and after it."""
+    x, gate = ff.net[0].proj(hidden_states), None
+    if fusion.activation == "silu_gate":
+        gate, x = x.chunk(2, dim=-1)
+    return fusion.layer.select_activated(x, fusion.activation, gate, residual=residual, residual_gate=residual_gate)
 
 
 def _activation(first: nn.Module) -> Activation | None:

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 
-from rtlynx.fusions import norms
+from rtlynx.fusions import feed_forward, norms
 from rtlynx.fusions.fusion import Fusion, add_gated
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import clipped, fusion_of, joined
@@ -45,8 +45,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         normed, gate = self.norm(both, emb=temb)
         mlp = self.proj_mlp(normed)
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-        update = fusion.layer.select_activated(mlp, fusion.activation, head=attended)
-        both = clipped(add_gated(both, gate, update))
+        both = clipped(fusion.layer.select_activated(mlp, fusion.activation, head=attended, residual=both, residual_gate=gate))
         return both[:, :text], both[:, text:]
 
 
@@ -87,7 +86,7 @@ def _after_attention(
 ) -> Tensor:
     """What the double-stream block does with the image, and with the text: the rest of attention, and the feed-forward."""
     x = add_gated(x, gate, attended)
-    return add_gated(x, gate_ff, ff(norms.modulated(x, norm, scale_ff, shift_ff)))
+    return feed_forward.add_gated_output(x, gate_ff, ff, norms.modulated(x, norm, scale_ff, shift_ff))
 
 
 known_to_hooks(FluxSingleTransformerBlock)

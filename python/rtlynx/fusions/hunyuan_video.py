@@ -8,7 +8,7 @@ import torch
 from diffusers.models.transformers import transformer_hunyuan_video
 from torch import Tensor
 
-from rtlynx.fusions.fusion import Fusion, add_gated
+from rtlynx.fusions.fusion import Fusion
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import fusion_of, joined
 
@@ -51,8 +51,8 @@ class HunyuanVideoSingleTransformerBlock(transformer_hunyuan_video.HunyuanVideoS
             attention_mask=attention_mask,
             image_rotary_emb=image_rotary_emb,
         )
-        update = fusion.layer.select_activated(mlp, fusion.activation, head=torch.cat(attended, 1))
-        both = add_gated(both, gate, update)
+        head = torch.cat(attended, 1)
+        both = fusion.layer.select_activated(mlp, fusion.activation, head=head, residual=both, residual_gate=gate)
         return both[:, :-text], both[:, -text:]
 
 
