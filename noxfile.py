@@ -61,29 +61,28 @@ def sanitize(session: nox.Session) -> None:
     """The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory, reads of memory never written.
 
     Most runs look at this project's kernels only. Reads of memory never written are found only where every kernel's writes are seen, so
-    there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In one test
-    races are looked for in all kernels: racecheck ends torch's bf16 products, which the gradients of fused_linear need, with an illegal
-    access where it is told to leave them out. With backtraces of the host tensors stay alive, until no other run fits on the GPU.
+    there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In a few tests
+    races are looked for in all kernels: racecheck ends torch's bf16 products, which they need, with an illegal access where it is told to
+    leave them out. With backtraces of the host tensors stay alive, until no other run fits on the GPU.
     Full-size layers are left out of all: under the sanitizer they would take hours. Some runs go side by side, since each waits for its
     host most of the time. Their output is in .nox/sanitize.
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
     ours = [option for name in ("sparsify", "row_stats", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")]
-    names = "sparsify", "sparsify_norm", "sparse_linear", "fused_linear"
-    selection, normed, product, fused = ops = [f"tests/gpu/test_{name}.py" for name in names]
-    others = ["tests/gpu", *(f"--ignore={tests}" for tests in ops)]
-    gradients = "test_gradients_match_the_reference"
-    runs = {
-        "memcheck-others": ("memcheck", ours, others),
-        **{f"memcheck-{Path(tests).stem}": ("memcheck", ours, [tests]) for tests in ops},
-        "racecheck-test_sparsify": ("racecheck", ours, [selection]),
-        "racecheck-test_sparsify_norm": ("racecheck", ours, [normed]),
-        "racecheck-test_sparse_linear": ("racecheck", ours, [product]),
-        "racecheck-test_fused_linear": ("racecheck", ours, [fused, f"--deselect={fused}::{gradients}"]),
-        "racecheck-gradients": ("racecheck", [], [f"{fused}::{gradients}"]),
-        **{f"initcheck-{Path(tests).stem}": ("initcheck", [], [tests]) for tests in ops},
-    }
+    names = "sparsify", "places", "sparsify_norm", "sparse_linear", "epilogue", "fused_linear"
+    ops = {name: f"tests/gpu/test_{name}.py" for name in names}
+    # Those that multiply densely too, by torch.
+    dense = [
+        f"{ops['fused_linear']}::test_gradients_match_the_reference",
+        *(f"{ops[name]}::test_a_layer" for name in ("places", "epilogue")),
+    ]
+    runs = {"memcheck-others": ("memcheck", ours, ["tests/gpu", *(f"--ignore={tests}" for tests in ops.values())])}
+    for name, tests in ops.items():
+        runs[f"memcheck-{name}"] = "memcheck", ours, [tests]
+        runs[f"racecheck-{name}"] = "racecheck", ours, [tests, *(f"--deselect={test}" for test in dense)]
+        runs[f"initcheck-{name}"] = "initcheck", [], [tests]
+    runs["racecheck-dense"] = "racecheck", [], ["-k", "test_gradients_match_the_reference or test_a_layer", *ops.values()]
     SANITIZED.mkdir(parents=True, exist_ok=True)
 
     def failed(name: str) -> bool:

@@ -13,8 +13,8 @@ from rtlynx.reference import Activation
 pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = [torch.bfloat16, torch.float16]
-KS = [64, 128, 192, 256, 1152, 2432, 3072]
-MS = [1, 65, 129]
+KS = [64, 192, 256, 1152, 3072]
+MS = [1, 129]
 
 
 def random(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -39,7 +39,7 @@ def assert_equal(got: ops.Sparsified, want: ops.Sparsified) -> None:
 
 @pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 16, 32, 64, 128])
+@pytest.mark.parametrize("rank", [0, 32, 64, 128])
 @pytest.mark.parametrize("m", MS)
 @pytest.mark.parametrize("k", KS)
 def test_the_result_is_that_of_gathering_before(k: int, m: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None) -> None:
@@ -76,9 +76,9 @@ def test_score_and_shift_are_in_the_gathered_order(
 
 @pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 16, 64, 128])
-@pytest.mark.parametrize("head", [0, 832, 3072])  # none, some of the first pieces or of two, all of one and some of others
-@pytest.mark.parametrize("m, width", [(65, 1152), (129, 12288)], ids=str)
+@pytest.mark.parametrize("rank", [0, 16, 64])
+# Heads: none; some of the first two pieces; all of one and some of the others.
+@pytest.mark.parametrize("m, width, head", [(129, 1152, 0), (65, 1152, 832), (65, 3072, 1088)], ids=str)
 @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "gelu", "silu_gate"])
 def test_activation(
     activation: Activation, m: int, width: int, head: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None
