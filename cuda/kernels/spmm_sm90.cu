@@ -45,11 +45,12 @@ constexpr int kGroupM = 16;                     // tile rows that share their co
 constexpr uint32_t kABytes = kBM * kRowBytes / 2;
 
 // What depends on the element types and the width of a tile.
-template <class T_, class Operand_, int kBN_, int kStages_>
+template <class T_, class Operand_, int kBN_, int kStages_, bool kEpilogue_>
 struct Tile {
   using T = T_;
   using Operand = Operand_;  // of the sparse product
   static constexpr int kBN = kBN_, kStages = kStages_;
+  static constexpr bool kEpilogue = kEpilogue_;              // whether there is one (epilogue.cuh)
   static constexpr int kBK = kRowBytes / kBytesOf<Operand>;  // dense columns of a stage
   static constexpr int kWords = kBK / kWordCols;             // metadata words of a stage
   static constexpr int kBlocksN = kBN / 8;                   // n8 blocks of a fragment
@@ -198,14 +199,24 @@ struct Consumer {
     Words even, odd;
     find_metadata(row, words);
     load_metadata(words, 0, even);
-    sparse_stage(acc, even, true);  // apart from the others: so ptxas sees that what accumulators held before is not read
     // Two stages a round, so that the words being loaded are never those that products in flight still read.
-    for (int s = 1; s < steps; s += 2) {
-      load_metadata(words, s, odd);
-      sparse_stage(acc, odd, false);
-      if (s + 1 == steps) break;
-      load_metadata(words, s + 1, even);
-      sparse_stage(acc, even, false);
+    if constexpr (Config::kEpilogue) {
+      sparse_stage(acc, even, true);  // apart from the others: so ptxas sees that what accumulators held before is not read
+      for (int s = 1; s < steps; s += 2) {
+        load_metadata(words, s, odd);
+        sparse_stage(acc, odd, false);
+        if (s + 1 == steps) break;
+        load_metadata(words, s + 1, even);
+        sparse_stage(acc, even, false);
+      }
+    } else {
+      for (int s = 0; s < steps; s += 2) {
+        sparse_stage(acc, even, s == 0);
+        if (s + 1 == steps) break;
+        load_metadata(words, s + 1, odd);
+        sparse_stage(acc, odd, false);
+        if (s + 2 < steps) load_metadata(words, s + 2, even);
+      }
     }
   }
 
@@ -301,11 +312,35 @@ struct Consumer {
     finish(acc, branch_stages(p));
   }
 
-  // Rounds once and stores. A quad's 8 x 32 piece is transposed first, so that every lane stores 16 bytes and the quad 64 of a row. An epilogue
-  // works on those 16 bytes, a few pieces at a time and when all is rounded: before, accumulators leave no registers for what it reads.
-  template <bool kEpilogue>
+  // Rounds once and stores. A quad's 8 x 32 piece is transposed first, so that every lane stores 16 bytes and the quad 64 of a row.
   __device__ __forceinline__ void store(const Accumulators& acc, int row, int column) const {
-    constexpr int kBatch = kEpilogue ? 3 : 1, kBatches = (Config::kBlocksN + 4 * kBatch - 1) / (4 * kBatch);
+    const int g = lane / 4, q = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row + 64 * i + 8 * half + g;
+        auto* target = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(r) * p.n + column + 8 * q;
+#pragma unroll
+        for (int j = 0; j < Config::kBlocksN; j += 4) {
+          uint32_t pairs[4] = {};  // columns 8 (j + 0..3) + 2q and + 1
+#pragma unroll
+          for (int k = 0; k < 4 && j + k < Config::kBlocksN; ++k) {
+            pairs[k] = T::pack(acc[i][4 * (j + k) + 2 * half], acc[i][4 * (j + k) + 2 * half + 1]);
+          }
+          transpose_quad(pairs, lane);  // columns 8 (j + q) .. + 7
+          if (r < p.m && j + q < Config::kBlocksN && column + 8 * (j + q) < p.n) {
+            *reinterpret_cast<uint4*>(target + 8 * j) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+          }
+        }
+      }
+    }
+  }
+
+  // The same with an epilogue, which works on those 16 bytes, a few pieces at a time and when all is rounded: before, accumulators leave no
+  // registers for what it reads.
+  __device__ __forceinline__ void finish_and_store(const Accumulators& acc, int row, int column) const {
+    constexpr int kBatch = 3, kBatches = (Config::kBlocksN + 4 * kBatch - 1) / (4 * kBatch);
     const int lane = computed_here(this->lane), g = lane / 4, q = lane % 4;
     uint32_t pairs[kTilesM][2][kBatches][kBatch][4] = {};  // of n8 block 4 piece + 0..3: columns 2q and + 1
 #pragma unroll
@@ -316,7 +351,7 @@ struct Consumer {
         for (int half = 0; half < 2; ++half) {
           uint32_t& pair = pairs[i][half][block / 4 / kBatch][block / 4 % kBatch][block % 4];
           pair = T::pack(acc[i][4 * block + 2 * half], acc[i][4 * block + 2 * half + 1]);
-          if constexpr (kEpilogue) pair = computed_here(pair);
+          pair = computed_here(pair);
         }
       }
     }
@@ -336,7 +371,7 @@ struct Consumer {
             pieces[j] = {r, n, r < p.m && block < Config::kBlocksN && n < p.n};
             transpose_quad(y[j], lane);  // all 8 columns of the lane's n8 block
           }
-          if constexpr (kEpilogue) finish_pieces<T>(p, pieces, y);
+          finish_pieces<T>(p, pieces, y);
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
             if (pieces[j].inside) *reinterpret_cast<uint4*>(target + pieces[j].column) = make_uint4(y[j][0], y[j][1], y[j][2], y[j][3]);
@@ -369,16 +404,18 @@ struct Consumer {
       multiply(acc, first_row(origin) + 16 * warp);
       origin = tile_origin<Config>(p, computed_here(tile));
       const int row = first_row(origin) + 16 * warp;
-      if (p.residual) prefetch_residual(row, origin.n);
+      if constexpr (Config::kEpilogue) {
+        if (p.residual) prefetch_residual(row, origin.n);
+      }
       Affine affine;
       load_affine(row, origin.n, affine);
       finish(acc, 1);
       apply_affine(acc, affine);
       if (p.rank > 0) add_branch(acc);
-      if (has_epilogue(p)) {
-        store<true>(acc, row, origin.n);
+      if constexpr (Config::kEpilogue) {
+        finish_and_store(acc, row, origin.n);
       } else {
-        store<false>(acc, row, origin.n);
+        store(acc, row, origin.n);
       }
     }
   }
@@ -411,16 +448,19 @@ __device__ __forceinline__ void spmm_sm90(const SpmmSm90Params& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_SPMM(name, T, Operand, bn, stages)                                                                            \
+#define RTLYNX_SPMM(name, T, Operand, bn, stages, epilogue)                                                                  \
   extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 1) name(const __grid_constant__ rtlynx::SpmmSm90Params p) { \
-    rtlynx::spmm_sm90<rtlynx::Tile<rtlynx::T, rtlynx::Operand, bn, stages>>(p);                                              \
+    rtlynx::spmm_sm90<rtlynx::Tile<rtlynx::T, rtlynx::Operand, bn, stages, epilogue>>(p);                                    \
   }
-#define RTLYNX_SPMM_TILES(prefix, bk, T, Operand)             \
-  RTLYNX_SPMM(prefix##_256x192x##bk##_s5, T, Operand, 192, 5) \
-  RTLYNX_SPMM(prefix##_256x168x##bk##_s6, T, Operand, 168, 6) \
-  RTLYNX_SPMM(prefix##_256x144x##bk##_s6, T, Operand, 144, 6)
+#define RTLYNX_SPMM_TILES(prefix, bk, T, Operand, suffix, epilogue)             \
+  RTLYNX_SPMM(prefix##_256x192x##bk##_s5##suffix, T, Operand, 192, 5, epilogue) \
+  RTLYNX_SPMM(prefix##_256x168x##bk##_s6##suffix, T, Operand, 168, 6, epilogue) \
+  RTLYNX_SPMM(prefix##_256x144x##bk##_s6##suffix, T, Operand, 144, 6, epilogue)
+#define RTLYNX_SPMM_TYPES(suffix, epilogue)                                \
+  RTLYNX_SPMM_TILES(spmm_sm90_bf16, 64, Bf16, Bf16, suffix, epilogue)      \
+  RTLYNX_SPMM_TILES(spmm_sm90_f16, 64, F16, F16, suffix, epilogue)         \
+  RTLYNX_SPMM_TILES(spmm_sm90_bf16e4m3, 128, Bf16, E4m3, suffix, epilogue) \
+  RTLYNX_SPMM_TILES(spmm_sm90_f16e4m3, 128, F16, E4m3, suffix, epilogue)
 
-RTLYNX_SPMM_TILES(spmm_sm90_bf16, 64, Bf16, Bf16)
-RTLYNX_SPMM_TILES(spmm_sm90_f16, 64, F16, F16)
-RTLYNX_SPMM_TILES(spmm_sm90_bf16e4m3, 128, Bf16, E4m3)
-RTLYNX_SPMM_TILES(spmm_sm90_f16e4m3, 128, F16, E4m3)
+RTLYNX_SPMM_TYPES(, false)
+RTLYNX_SPMM_TYPES(_epilogue, true)

@@ -265,26 +265,36 @@ const SM80: Tile =
 const SM90: Tile =
     Tile { family: Family::Sm90, bm: 256, bn: 0, threads: 384, stages: 0, persistent: true, step_ns: 0, e4m3_step_ns: 0, tile_ns: 0 };
 
-/// `spmm_{family}_{dtype}_{bm}x{bn}x{bk}_s{stages}`
+/// `spmm_{family}_{dtype}_{bm}x{bn}x{bk}_s{stages}`, with `_epilogue` behind it in the sm90 family where there is one
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SpmmKernel {
     /// Element type.
     pub dtype: Dtype,
     /// Its row of the tile table.
     pub tile: Tile,
+    /// Whether it is for products with an epilogue; kernels of the sm80 family do both.
+    pub epilogue: bool,
 }
 
 impl SpmmKernel {
     /// Every kernel of the tile table.
     pub fn all() -> impl Iterator<Item = Self> {
-        TILES.into_iter().flat_map(|tile| tile.family.dtypes().iter().map(move |&dtype| Self { dtype, tile }))
+        let plain = TILES.into_iter().flat_map(|tile| tile.family.dtypes().iter().map(move |&dtype| Self { dtype, tile, epilogue: false }));
+        plain.flat_map(|kernel| [Some(kernel), (kernel.tile.family == Family::Sm90).then_some(kernel.with_epilogue())]).flatten()
+    }
+
+    /// The kernel that does the same product with an epilogue.
+    #[must_use]
+    pub const fn with_epilogue(self) -> Self {
+        Self { epilogue: matches!(self.tile.family, Family::Sm90), ..self }
     }
 }
 
 impl fmt::Display for SpmmKernel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Tile { family, bm, bn, stages, .. } = self.tile;
-        write!(f, "spmm_{family}_{}_{bm}x{bn}x{}_s{stages}", self.dtype, Tile::bk(self.dtype))
+        write!(f, "spmm_{family}_{}_{bm}x{bn}x{}_s{stages}", self.dtype, Tile::bk(self.dtype))?;
+        f.write_str(if self.epilogue { "_epilogue" } else { "" })
     }
 }
 
@@ -425,11 +435,13 @@ mod tests {
         assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, false), "sparsify_sm90_bf16_r64_silu_gate");
         assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, true), "sparsify_sm90_bf16_r64_silu_gate_gathered");
         assert_eq!(RowStatsKernel { dtype: Dtype::F16 }.to_string(), "row_stats_f16");
-        assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0] }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
-        assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0] }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
-        assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[5] }.to_string(), "spmm_sm80_f16_128x64x64_s4");
+        assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0], epilogue: false }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
+        assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0], epilogue: false }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
+        assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[5], epilogue: false }.to_string(), "spmm_sm80_f16_128x64x64_s4");
         assert_eq!(SparsifyKernel::all().count(), 136);
-        assert_eq!(SpmmKernel::all().count(), 20);
+        let epilogue = SpmmKernel { dtype: Dtype::F16, tile: TILES[1], epilogue: false }.with_epilogue();
+        assert_eq!(epilogue.to_string(), "spmm_sm90_f16_256x168x64_s6_epilogue");
+        assert_eq!(SpmmKernel::all().count(), 32);
     }
 
     #[test]

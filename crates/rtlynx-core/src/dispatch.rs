@@ -133,7 +133,7 @@ pub fn candidates(arch: &Arch, problem: &SparseLinearProblem) -> Result<impl Ite
             overlaps: tile.family == Family::Sm90,
         };
         // The kernels number their tiles with 32 bits.
-        (arch.runs(&tile) && tiles <= i32::MAX.into()).then_some((SpmmKernel { dtype: problem.dtype, tile }, launch))
+        (arch.runs(&tile) && tiles <= i32::MAX.into()).then_some((SpmmKernel { dtype: problem.dtype, tile, epilogue: false }, launch))
     }))
 }
 

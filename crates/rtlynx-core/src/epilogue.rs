@@ -20,7 +20,7 @@ pub struct Epilogue {
 impl Epilogue {
     /// Checks it against a problem that is valid and not empty, and the address that is written.
     pub fn validate(&self, problem: &SparseLinearProblem, out: u64) -> Result<()> {
-        if self.activation.has_gate() {
+        if !matches!(self.activation, Activation::None | Activation::GeluTanh) {
             return Err(Error::invalid(SPARSE_LINEAR, "activation", self.activation.name(), "none or gelu_tanh"));
         }
         let residual = if self.gate == 0 { Presence::Optional } else { Presence::Required };
@@ -36,6 +36,11 @@ impl Epilogue {
             return Err(Error::invalid(SPARSE_LINEAR, "residual", "memory that is written", "memory apart from out"));
         }
         Ok(())
+    }
+
+    /// Whether nothing follows.
+    pub const fn is_nothing(&self) -> bool {
+        matches!(self.activation, Activation::None) && self.residual == 0
     }
 
     /// Rows of Y that share a row of the gate; 1 without one.

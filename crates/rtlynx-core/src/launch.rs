@@ -124,6 +124,7 @@ pub unsafe fn sparse_linear(place: Place, problem: &SparseLinearProblem, epilogu
     tensors.validate(problem)?;
     epilogue.validate(problem, tensors.out)?;
     let (kernel, launch) = tuned::plan_sparse_linear(place.device, &device::arch(SPARSE_LINEAR, place.device)?, problem)?;
+    let kernel = if epilogue.is_nothing() { kernel } else { kernel.with_epilogue() };
     match kernel.tile.family {
         // SAFETY: these are the parameters of the family's kernels; the caller vouches for what they point to.
         Family::Sm80 => unsafe { enqueue(place, Kernel::Spmm(kernel), launch, || Ok(spmm_params(problem, epilogue, tensors))) },
