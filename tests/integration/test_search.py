@@ -119,6 +119,32 @@ def test_probes_find_the_error_that_reaches_the_output() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("factor, named", [(0.0, "sum to 0.0"), (float("nan"), "sum to nan")])
+def test_probes_refuse_outputs_that_say_nothing(factor: float, named: str) -> None:
+    trajectory = Trajectory([(0, {}, torch.full((2, 3), factor))])
+    with pytest.raises(InvalidArgumentError, match=named):
+        next(Effects([], (None,)).measure(nn.Identity(), trajectory, probes=1, seed=0))
+
+
+def test_probes_refuse_gradients_that_are_not_finite() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+            return ((self.first(hidden_states) * 0).sqrt() + 1,)  # its gradient is 0 · ∞
+
+    model = rtlynx.apply(Model(), SparsityConfig(include=("first",), rank=0, branch="none", small_m="sparse"))
+    units = [Unit(sparse_layers(model), {0: {"first": {}}})]
+    units[0].choose(None)
+    trajectory = Trajectory()
+    with trajectory.recording(model), torch.no_grad():
+        model(hidden_states=torch.randn(2, 20, 64))
+    with pytest.raises(InvalidArgumentError, match="not finite"):
+        next(Effects(units, (None, 0)).measure(model, trajectory, probes=1, seed=0))
+
+
 def test_the_knapsack_is_the_best_of_all() -> None:
     generator = torch.Generator().manual_seed(0)
     errors, times = (torch.rand(5, 3, generator=generator, dtype=torch.float64) for _ in range(2))

@@ -7,6 +7,7 @@ backward pass gives ∂(u·v)/∂Y of all layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rtlynx.errors import InvalidArgumentError
 from rtlynx.evaluate.trajectory import Trajectory, prediction
 from rtlynx.linear import SparseLinear
 from rtlynx.search.options import Option, Unit
@@ -47,10 +49,17 @@ class Effects:
             trajectory: Its recorded calls.
             probes: Probes per call.
             seed: Of the probes.
+
+        Raises:
+            InvalidArgumentError: Outputs or gradients are not finite, or all outputs are 0.
         """
         generator = torch.Generator().manual_seed(seed)
         size = sum(float(dense.double().square().sum()) for _, _, dense in trajectory.calls)
         samples = sum(dense.shape[0] for _, _, dense in trajectory.calls)
+        if not 0 < size < math.inf:
+            raise InvalidArgumentError(
+                "search", "pipe_or_module", f"outputs whose squares sum to {size}", "a model with finite ones, not all 0"
+            )
         scale = (samples / size) ** 0.5
         found = []
         for _, inputs, dense in trajectory.calls:
@@ -70,11 +79,14 @@ class Effects:
                 for name, layer in unit.layers.items()
             ]
             try:
-                v = prediction(model(**inputs))
-                (v.float() * u.to(v.device)).sum().backward()
+                with _without_cudnn_attention():
+                    v = prediction(model(**inputs))
+                    (v.float() * u.to(v.device)).sum().backward()
             finally:
                 for handle in handles:
                     handle.remove()
+        if not found.isfinite().all():
+            raise InvalidArgumentError("search", "pipe_or_module", "gradients or outputs that are not finite", "a model with finite ones")
         return found
 
     def _watch(self, i: int, name: str, x: Tensor, output: Tensor, found: Tensor) -> None:
@@ -101,6 +113,20 @@ class Effects:
                 found[0, i, o] += product.sum(dtype=torch.float64).cpu()
         layer.dense = True
         layer.set_compensation()
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Inside the block torch takes another of its fused attentions.
+
+    The gradients of cuDNN's are not finite for some lengths (pytorch#196678), and probes ended in illegal memory accesses with it.
+    """
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 @contextmanager
