@@ -7,6 +7,7 @@ installs it, the others find it there. Arguments after ``--`` go to the session'
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ BIN = HOME / "bin"
 TOOLCHAIN = Path(".nox/nvcc").resolve()
 """nvcc from PyPI, away from torch, which pins other releases of the same CUDA wheels."""
 SANITIZED = Path(".nox/sanitize").resolve()
-SANITIZERS_AT_ONCE = 4
+SANITIZERS_PER_GPU = 4
+SANITIZED_TESTS = {"sparsify": 8, "places": 4, "sparsify_norm": 3, "sparse_linear": 1, "epilogue": 3, "fused_linear": 2}
+"""Files of kernel tests that run under every tool, and among how many runs each is shared."""
 OLDEST_TORCH = "2.8"
 """Older ones cannot compile a block for a changing number of tokens; eager they work, down to what pyproject.toml says."""
 PYTHON_FILES = ("python", "tests", "examples", "noxfile.py")
@@ -64,39 +67,50 @@ def sanitize(session: nox.Session) -> None:
     there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In a few tests
     races are looked for in all kernels: racecheck ends torch's bf16 products, which they need, with an illegal access where it is told to
     leave them out. With backtraces of the host tensors stay alive, until no other run fits on the GPU.
-    Full-size layers are left out of all: under the sanitizer they would take hours. Some runs go side by side, since each waits for its
-    host most of the time. Their output is in .nox/sanitize.
+    Full-size layers are left out of all: under the sanitizer they would take hours. Runs go side by side, on all GPUs that there are, since
+    each waits for its host most of the time; a file of many tests is shared among several. Their output is in .nox/sanitize.
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
     ours = [option for name in ("sparsify", "row_stats", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")]
-    names = "sparsify", "places", "sparsify_norm", "sparse_linear", "epilogue", "fused_linear"
-    ops = {name: f"tests/gpu/test_{name}.py" for name in names}
+    ops = {name: f"tests/gpu/test_{name}.py" for name in SANITIZED_TESTS}
     # Those that multiply densely too, by torch.
     dense = [
         f"{ops['fused_linear']}::test_gradients_match_the_reference",
         *(f"{ops[name]}::test_a_layer" for name in ("places", "epilogue")),
     ]
-    runs = {"memcheck-others": ("memcheck", ours, ["tests/gpu", *(f"--ignore={tests}" for tests in ops.values())])}
+    runs = {"racecheck-dense": ("racecheck", [], ["-k", "test_gradients_match_the_reference or test_a_layer", *ops.values()])}
+
+    def share(name: str, among: int, tool: str, kernels: list[str], tests: list[str]) -> None:
+        for i in range(among):
+            runs[f"{tool}-{name}-{i + 1}"] = tool, kernels, [*tests, f"--shard={i + 1}/{among}"]
+
+    share("others", 4, "memcheck", ours, ["tests/gpu", *(f"--ignore={tests}" for tests in ops.values())])
     for name, tests in ops.items():
-        runs[f"memcheck-{name}"] = "memcheck", ours, [tests]
-        runs[f"racecheck-{name}"] = "racecheck", ours, [tests, *(f"--deselect={test}" for test in dense)]
-        runs[f"initcheck-{name}"] = "initcheck", [], [tests]
-    runs["racecheck-dense"] = "racecheck", [], ["-k", "test_gradients_match_the_reference or test_a_layer", *ops.values()]
+        share(name, SANITIZED_TESTS[name], "racecheck", ours, [tests, *(f"--deselect={test}" for test in dense)])
+        share(name, SANITIZED_TESTS[name], "initcheck", [], [tests])
+        share(name, SANITIZED_TESTS[name], "memcheck", ours, [tests])
     SANITIZED.mkdir(parents=True, exist_ok=True)
+    places: queue.Queue[int] = queue.Queue()
+    for gpu in list(range(gpu_count())) * SANITIZERS_PER_GPU:
+        places.put(gpu)
 
     def failed(name: str) -> bool:
         tool, kernels, tests = runs[name]
         options = ("--tool", tool, "--show-backtrace", "device", "--error-exitcode", "1", "--target-processes", "all", *kernels)
+        gpu = places.get()
         try:
             with (SANITIZED / f"{name}.log").open("w") as output:
                 pytest = ("python", "-m", "pytest", *tests, "-m", "not large", *session.posargs)
-                run(session, sanitizer, *options, *pytest, stdout=output, stderr=subprocess.STDOUT, log=False)
+                env = {"CUDA_VISIBLE_DEVICES": str(gpu)}
+                run(session, sanitizer, *options, *pytest, env=env, stdout=output, stderr=subprocess.STDOUT, log=False)
         except nox.command.CommandFailed:
             return True
+        finally:
+            places.put(gpu)
         return False
 
-    with ThreadPoolExecutor(SANITIZERS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(places.qsize()) as pool:
         unclean = [name for name, bad in zip(runs, pool.map(failed, runs), strict=True) if bad]
     if unclean:
         session.error(f"compute-sanitizer or a test under it failed: {', '.join(unclean)}; see {SANITIZED}")
@@ -148,15 +162,17 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", *(session.posargs or ("build", "--strict")))
 
 
-def run(session: nox.Session, program: str, *arguments: str, strict: bool = True, **options: Any) -> None:
-    """Run a program of the shared environment, or one that it finds on PATH.
+def run(
+    session: nox.Session, program: str, *arguments: str, strict: bool = True, env: dict[str, str] | None = None, **options: Any
+) -> None:
+    """Run a program of the shared environment, or one that it finds on PATH, with more environment variables.
 
     All programs see the same build variables, so that cargo has no reason to compile anything twice.
     """
     search = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     path = shutil.which(program, path=search) or session.error(f"{program} is neither in {BIN} nor on PATH")
     build = {"NVCC": nvcc(session), "PYO3_PYTHON": str(BIN / "python"), "RTLYNX_STRICT": "1" if strict else "0"}
-    session.run(str(path), *arguments, env={"PATH": search, "VIRTUAL_ENV": str(HOME), **build}, external=True, **options)
+    session.run(str(path), *arguments, env={"PATH": search, "VIRTUAL_ENV": str(HOME), **build, **(env or {})}, external=True, **options)
 
 
 def install(session: nox.Session, extra: str = "", *, strict: bool = True) -> None:
@@ -210,6 +226,13 @@ def check_stub(session: nox.Session) -> None:
         generated = [path.read_text(encoding="utf-8") for path in Path(folder).rglob("*.pyi")]
     if generated != [committed.read_text(encoding="utf-8")]:
         session.error(f"{committed} is stale: regenerate it (CONTRIBUTING.md)")
+
+
+def gpu_count() -> int:
+    """How many GPUs there are; 1 where nobody can tell, so that what follows says what is missing."""
+    tool = shutil.which("nvidia-smi")
+    listed = "" if tool is None else subprocess.run([tool, "-L"], capture_output=True, text=True, check=False).stdout
+    return max(1, sum(line.startswith("GPU ") for line in listed.splitlines()))
 
 
 def compute_sanitizer(session: nox.Session) -> str:

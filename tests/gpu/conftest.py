@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -22,8 +23,17 @@ def _why_not() -> str | None:
     return None if _core.device_code()["targets"] else "rtlynx was built without device code (RTLYNX_NO_DEVICE_CODE)"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", metavar="I/N", help="run the I-th of N shares of the tests, each a mixture of all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    share, shares = map(int, config.getoption("--shard", "1/1").split("/"))
+    if shares > 1:
+        mixed = sorted(items, key=lambda item: crc32(item.nodeid.encode()))
+        items[:] = mixed[share - 1 :: shares]
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(mixed) if i % shares != share - 1])
     mine = [item for item in items if here in item.path.parents]
     reason = _why_not() if mine else None
     for item in mine:
