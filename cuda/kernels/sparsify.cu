@@ -218,7 +218,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   RTLYNX_SPARSIFY(prefix##_r16##suffix, T, 16, normed, gathered)   \
   RTLYNX_SPARSIFY(prefix##_r32##suffix, T, 32, normed, gathered)   \
   RTLYNX_SPARSIFY(prefix##_r64##suffix, T, 64, normed, gathered)
-#define RTLYNX_SPARSIFY_TYPES(suffix, normed, gathered)               \
+#define RTLYNX_SPARSIFY_TYPES(suffix, normed, gathered)                \
   RTLYNX_SPARSIFY_RANKS(sparsify_bf16, Bf16, suffix, normed, gathered) \
   RTLYNX_SPARSIFY_RANKS(sparsify_f16, F16, suffix, normed, gathered)
 
