@@ -69,8 +69,10 @@ def test_fused_is_what_it_was_before(family: str, dtype: torch.dtype, precision:
     assert sorted(taken_in) == expected(family)
     want = unfused(model, inputs)
     assert len(taken_in) == len(expected(family))
-    # A gated activation, and a gated sum behind a layer, is rounded once instead of twice; what is selected may change with the last bit.
-    limit = 1e-6 if dtype == F32 else 0.15 if "silu_gate" in dict(taken_in) else 0.01
+    # A gated activation is rounded once instead of twice, and what is selected may change with the last bit. In single-stream blocks, whose
+    # last layer takes in a head, so is the gated sum behind it. The others give the same bits.
+    summed = any(head for _, head in taken_in)
+    limit = 1e-6 if dtype == F32 else 0.15 if "silu_gate" in dict(taken_in) else 0.01 if summed else 0
     assert relative_error(got, want) <= limit
 
 

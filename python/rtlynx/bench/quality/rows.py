@@ -88,7 +88,7 @@ def rows(rank: int, ranks: tuple[int, ...], recipes: Iterable[Row] = ()) -> list
 
 
 _CORE = ("norm", "paper", "split", "refit", "joint")
-_SKIPS = ("norm_skip", "paper_trained_skip", "split_skip", "split_skip_fp8")
+_SKIPS = ("norm_skip", "paper_trained_skip", "split_skip")
 
 
 def _stage(row: Row, rank: int) -> int:
@@ -100,6 +100,8 @@ def _stage(row: Row, rank: int) -> int:
         return 1  # the paper's ablation, and every method at equal rank
     if row.method in ("norm", "split", "joint") and at_rank and selection == "shift":
         return 2
+    if row.precision == "fp8" and selection in ("magnitude", "shift"):
+        return 7
     if row.search is not None or row.recipe is not None or (row.method in _SKIPS and selection in ("magnitude", "shift")):
         return 3  # which layers stay dense
     if row.fit is None:
@@ -110,8 +112,6 @@ def _stage(row: Row, rank: int) -> int:
         return 6  # ranks
     if row.method == "paper_trained":
         return 9  # the slowest rows
-    if row.precision == "fp8" and selection in ("magnitude", "shift"):
-        return 7
     if ((row.dense_first or row.dense_last) and selection == "shift") or row.score == "weight":
         return 8
     return 9 if selection != "permutation" else 10
