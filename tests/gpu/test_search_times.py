@@ -22,6 +22,7 @@ pytest.importorskip("scipy", reason="the knapsack is SciPy's")
 ALWAYS = SparsityConfig(small_m="sparse")
 
 
+@pytest.mark.timed
 def test_options_are_timed_each_with_its_own_compensation() -> None:
     layers = {
         name: SparseLinear.from_linear(nn.Linear(1024, n, device="cuda", dtype=torch.bfloat16), ALWAYS)
@@ -39,6 +40,7 @@ def test_options_are_timed_each_with_its_own_compensation() -> None:
     assert all(layer.rank == 0 and not layer.dense for layer in layers.values())
 
 
+@pytest.mark.timed
 def test_the_bench_times_layers_that_share() -> None:
     layers = {name: SparseLinear.from_linear(nn.Linear(256, 256, device="cuda", dtype=torch.bfloat16), ALWAYS) for name in "ab"}
     input = LayerInput(
