@@ -2,15 +2,38 @@
 Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the layers above it.
 """
 
-from typing import Final, SupportsFloat, SupportsIndex
+from typing import Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
+__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "Layer", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
 
 K_MULTIPLE: Final[int]
 MAX_RANK: Final[int]
 N_MULTIPLE: Final[int]
 RANK_MULTIPLE: Final[int]
 __version__: Final[str]
+
+@final
+class Layer:
+    """
+    What stays the same from one call of a layer to the next. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
+    """
+    def __new__(cls, /, device_index: SupportsIndex, dtype: str, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, score: SupportsIndex, shift: SupportsIndex, places: SupportsIndex, comp_down: SupportsIndex, weight: SupportsIndex, weight_scale: SupportsIndex, comp_up: SupportsIndex, bias: SupportsIndex, norm_compensation: bool, branch_of_dropped: bool, eps: SupportsFloat | SupportsIndex, values_scale: SupportsFloat | SupportsIndex) -> Layer: ...
+    def multiply(self, /, stream: SupportsIndex, m: SupportsIndex, workspace: SupportsIndex, out: SupportsIndex) -> None:
+        """
+        Enqueue the product of what was selected into `workspace`, by this layer or by one that selects alike.
+        """
+    def run(self, /, stream: SupportsIndex, m: SupportsIndex, x: SupportsIndex, workspace: SupportsIndex, out: SupportsIndex) -> None:
+        """
+        Enqueue both.
+        """
+    def select(self, /, stream: SupportsIndex, m: SupportsIndex, x: SupportsIndex, workspace: SupportsIndex) -> None:
+        """
+        Enqueue selection from m contiguous rows of x.
+        """
+    def workspace_bytes(self, /, m: SupportsIndex) -> int:
+        """
+        Bytes of the memory between selection and product for m rows.
+        """
 
 def activations(device_index: SupportsIndex) -> list[str]:
     """

@@ -317,7 +317,7 @@ class LayerState(nn.Linear):
         return applied
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state: dict[str, Any] = {**super().__getstate__(), "_call": None}  # type: ignore[no-untyped-call]
         if self.weight_fp8 is not None:  # torch pickles no float8: its bytes
             state["_buffers"] = {**state["_buffers"], "weight_fp8": self.weight_fp8.view(torch.uint8)}
         if self.is_compact:

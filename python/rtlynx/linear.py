@@ -14,6 +14,7 @@ from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.epilogue import added, check_residual, in_product
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, dequantized_weight
+from rtlynx.layer_call import LayerCall
 from rtlynx.layer_state import LayerState, SelectionInputs
 from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
@@ -85,6 +86,7 @@ class SparseLinear(LayerState):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.dense = self.dense_step = False
+        self._call: LayerCall | None = None
         self.bias_group: Tensor | None = None
         self.configure(config or SparsityConfig())
 
@@ -201,10 +203,16 @@ class SparseLinear(LayerState):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., K)`` → ``(..., N)``, same dtype."""
+        eager = not torch.compiler.is_compiling()
+        if eager and (call := self._call) is not None and (output := call(self, input)) is not None:
+            return output
         tokens = input.shape[:-1]
         if self._is_dense_now(tokens.numel(), input.device):
             return self._dense(input)
-        return self.multiply(self._selected(input), input.dtype, tokens)
+        output = self.multiply(self._selected(input), input.dtype, tokens)
+        if eager and not torch.is_grad_enabled():
+            self._call = LayerCall.after(self, input)
+        return output
 
     def forward_gated(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:
         """``residual + gate.unsqueeze(1) * layer(x)``, added before the output is written if the layer runs sparse and gradients are off.
@@ -332,14 +340,8 @@ class SparseLinear(LayerState):
             ``(*tokens, N)``.
         """
         values, metadata, row_scale, branch = selected
-        # An attribute that is a parameter is slow to read: each once.
-        weight, comp_up, sparse_weight = self.weight, self.comp_up, self.sparse_weight
-        if sparse_weight is not None:
-            weight = sparse_weight
-        weight_scale = out_dtype = None
-        if self.precision == "fp8":
-            weight, weight_scale = self._prepared_for(weight)
-            out_dtype = dtype
+        weight, weight_scale = self.multiplied_weight()
+        comp_up = self.comp_up  # an attribute that is a parameter is slow to read: each once
         rows = None if residual is None or not in_product(residual) else _rows(residual)
         output = ops.sparse_linear(
             values,
@@ -350,7 +352,7 @@ class SparseLinear(LayerState):
             comp_up,
             self.added_bias(),
             weight_scale,
-            out_dtype,
+            dtype if weight_scale is not None else None,
             "none",
             rows,
             None if rows is None or gate is None else gate.contiguous(),
@@ -358,8 +360,13 @@ class SparseLinear(LayerState):
         output = output if len(tokens) == 1 else output.view(*tokens, self.out_features)
         return added(output, residual, gate) if rows is None else output
 
-    def _prepared_for(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The e4m3 copy of ``weight`` and its scale; a compact layer's weight is that itself."""
+    def multiplied_weight(self) -> tuple[Tensor, Tensor | None]:
+        """What the sparse product multiplies by: in fp8 the e4m3 copy, which of a compact layer is the weight itself, and its scale."""
+        weight, own = self.weight, self.sparse_weight
+        if own is not None:
+            weight = own
+        if self.precision != "fp8":
+            return weight, None
         copied, scale = self._buffers["weight_fp8"], self._buffers["weight_scale"]
         assert scale is not None
         if copied is None:
@@ -422,7 +429,7 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group"}
+    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group", "_call"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 

@@ -171,20 +171,34 @@ class InputGroup:
             select: Makes the selection.
             norm: What else it is made from: statistics, weight and bias of the norm before it.
         """
-        if "_diffusers_hook" in reader.__dict__:
-            _refuse_moving_ahead(reader)
         asked = *reader.selection_inputs(), *norm
         state = _state(source, asked)
         if state is None:
             return select(source)
+        # The same objects, since comparing tensors would cost more than selecting.
+        key = *(id(item) if isinstance(item, Tensor) else item for item in asked), *state
+        return self.once(reader, source, key, select, asked)
+
+    def once(
+        self, reader: LayerState, source: Tensor, key: tuple[object, ...], select: Callable[[Tensor], T], alive: tuple[object, ...] = ()
+    ) -> T:
+        """The same for who knows himself when a selection is the same.
+
+        Args:
+            reader, source, select: As above.
+            key: What equals that of another reader, and of this one in the next call, exactly if the selection is the same.
+            alive: What has to be there as long as the selection is kept, for `key` to mean something.
+        """
+        if "_diffusers_hook" in reader.__dict__:
+            _refuse_moving_ahead(reader)
         kept = self._kept
-        if kept is not None and kept.serves(reader, source, asked, state):
+        if kept is not None and kept.source() is source and kept.key == key and id(reader) not in kept.readers:
             kept.readers.add(id(reader))
             if len(kept.readers) >= reader.sharing:
                 self._kept = None
-            return kept.selection  # type: ignore[return-value]  # one device, so one kind of selection
+            return kept.selection  # type: ignore[return-value]  # one key, so one kind of selection
         selection = select(source)
-        self._kept = _Kept(weakref.ref(source, self._forget), asked, state, selection, {id(reader)})
+        self._kept = _Kept(weakref.ref(source, self._forget), key, alive, selection, {id(reader)})
         return selection
 
     def _forget(self, source: weakref.ref[Tensor]) -> None:
@@ -196,15 +210,10 @@ class _Kept(NamedTuple):
     """A selection, and what it was made from."""
 
     source: weakref.ref[Tensor]
-    asked: tuple[object, ...]
-    state: tuple[int, ...]
+    key: tuple[object, ...]
+    alive: tuple[object, ...]
     selection: object
     readers: set[int]
-
-    def serves(self, reader: LayerState, source: Tensor, asked: tuple[object, ...], state: tuple[int, ...]) -> bool:
-        if self.source() is not source or self.state != state or id(reader) in self.readers or len(self.asked) != len(asked):
-            return False
-        return same_selection(self.asked, asked)
 
 
 def _refuse_moving_ahead(layer: LayerState) -> None:

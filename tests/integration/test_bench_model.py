@@ -21,16 +21,18 @@ from rtlynx.bench.step_results import draw_steps, read_steps, save_picture, writ
 from rtlynx.eligibility import sparse_layers
 
 CPU = torch.device("cpu")
+SMALL_FLUX = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": (8, 12, 12),
+}
 SMALL: dict[str, dict[str, Any]] = {
-    "flux.1-dev": {
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 32,
-        "num_attention_heads": 4,
-        "joint_attention_dim": 64,
-        "pooled_projection_dim": 32,
-        "axes_dims_rope": (8, 12, 12),
-    },
+    "flux.1-dev": SMALL_FLUX,
+    "flux.1-schnell": SMALL_FLUX,
     "qwen-image": {
         "num_layers": 1,
         "attention_head_dim": 32,

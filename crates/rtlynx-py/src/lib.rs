@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod error;
 mod fused;
 mod info;
+mod layer;
 mod ops;
 mod probe;
 mod row_stats;
@@ -18,6 +19,8 @@ mod _core {
     use super::info::{candidates, device_code, devices, driver_version, gemm_kernel};
     #[pymodule_export]
     use super::info::{least_tokens, plan_sparse_linear, set_plan, use_portable_kernels};
+    #[pymodule_export]
+    use super::layer::Layer;
     #[pymodule_export]
     use super::ops::{activations, sparse_linear, sparsify};
     #[pymodule_export]

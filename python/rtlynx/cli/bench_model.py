@@ -12,7 +12,7 @@ from rtlynx.errors import InvalidArgumentError
 
 
 def model(
-    name: Annotated[str, typer.Option("--model", help="flux.1-dev, qwen-image, z-image or wan-2.1-14b.")],
+    name: Annotated[str, typer.Option("--model", help="flux.1-dev, flux.1-schnell, qwen-image, z-image or wan-2.1-14b.")],
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw the weights: nothing is downloaded.")] = False,
     height: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,
     width: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,

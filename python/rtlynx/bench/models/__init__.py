@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rtlynx.bench.models.bench_model import BenchModel
-from rtlynx.bench.models.flux import FLUX
+from rtlynx.bench.models.flux import FLUX, FLUX_SCHNELL
 from rtlynx.bench.models.qwen_image import QWEN_IMAGE
 from rtlynx.bench.models.wan import WAN
 from rtlynx.bench.models.z_image import Z_IMAGE
 
 __all__ = ["MODELS", "BenchModel"]
 
-MODELS: dict[str, BenchModel] = {model.name: model for model in (FLUX, QWEN_IMAGE, Z_IMAGE, WAN)}
+MODELS: dict[str, BenchModel] = {model.name: model for model in (FLUX, FLUX_SCHNELL, QWEN_IMAGE, Z_IMAGE, WAN)}
 """Name → model."""

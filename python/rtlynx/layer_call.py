@@ -1,0 +1,152 @@
+"""An eager call of a `SparseLinear` in one step: nothing is checked twice, one piece of memory holds all that passes between the kernels.
+
+A call without gradients costs the host more in checks, allocations and attributes than in launches. What a first call has checked is
+remembered by address, type and size of every tensor it read; a later one that finds them as they were launches at once.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_variadic
+
+from rtlynx import launch
+from rtlynx.direct import direct
+from rtlynx.fp8 import kernel_dtype
+
+if TYPE_CHECKING:
+    from rtlynx._core import Layer
+    from rtlynx.linear import SparseLinear
+
+_ALIGNMENT = 16  # bytes: what the kernels load and store at a time
+
+
+class LayerCall:
+    """What stays the same from one call of a layer to the next, and the calls that find it so.
+
+    It holds no tensor: one that was moved away is free to go.
+    """
+
+    __slots__ = ("_core", "_device", "_dtype", "_k", "_least", "_n", "_read")
+
+    def __init__(self, layer: SparseLinear, input: Tensor, core: ModuleType) -> None:
+        down, up, buffers = layer.comp_down, layer.comp_up, layer._buffers
+        weight, weight_scale = layer.multiplied_weight()
+        self._device, self._dtype = input.get_device(), input.dtype
+        self._n, self._k = layer.out_features, layer.in_features
+        self._least = max(1, layer.least_tokens(input.device)) if layer.small_m == "dense" else 1
+        self._read = _read(layer)
+        _, _, _, _, _, branch_input, norm_compensation, eps, values_dtype, values_scale = layer.selection_inputs()
+        self._core: Layer = core.Layer(
+            self._device,
+            kernel_dtype(input.dtype, values_dtype),
+            self._n,
+            self._k,
+            layer.rank,
+            launch.address(buffers["score"]),
+            launch.address(buffers["shift"]),
+            launch.address(buffers["places"]),
+            launch.address(down),
+            launch.address(weight),
+            launch.address(weight_scale),
+            launch.address(up),
+            launch.address(layer.added_bias()),
+            norm_compensation,
+            branch_input == "dropped",
+            eps,
+            values_scale,
+        )
+
+    @classmethod
+    def after(cls, layer: SparseLinear, input: Tensor) -> LayerCall | None:
+        """For a layer that has just computed sparse from ``input``; None where its calls need more than the two kernels."""
+        buffers, comp_bias = layer._buffers, layer.comp_bias
+        tensors = [tensor for tensor in (*layer._parameters.values(), *buffers.values()) if tensor is not None]
+        if not input.is_cuda or not direct(input, *tensors) or any(tensor.is_inference() for tensor in tensors):
+            return None
+        if buffers["permutation"] is not None and buffers["places"] is None:
+            return None  # gathered by a pass of its own
+        if comp_bias is not None and layer.added_bias() is not buffers["output_bias"] and layer.added_bias() is not comp_bias:
+            return None  # a sum or a row that is made anew in every call
+        return cls(layer, input, launch.core())
+
+    def __call__(self, layer: SparseLinear, input: Tensor) -> Tensor | None:
+        """The layer's output, or None where something is not as it was, or others than the kernels would see the call."""
+        m = input.numel() // self._k
+        if (
+            m < self._least
+            or input.dtype is not self._dtype
+            or input.get_device() != self._device
+            or layer.dense
+            or layer.dense_step
+            or not direct(input)
+            or not input.is_contiguous()
+            or input.shape[-1] != self._k
+            or input.data_ptr() % _ALIGNMENT
+            or _read(layer) != self._read
+        ):
+            return None
+        output = input.new_empty((*input.shape[:-1], self._n))
+        stream, group = launch.stream(self._device), layer.input_group
+        if group is None or layer.sharing == 1 or input.is_inference():
+            workspace = self._workspace(input, m)
+            self._core.run(stream, m, input.data_ptr(), workspace.data_ptr(), output.data_ptr())
+            return output
+
+        def select(x: Tensor) -> Tensor:
+            workspace = self._workspace(x, m)
+            self._core.select(stream, m, x.data_ptr(), workspace.data_ptr())
+            return workspace
+
+        key = LayerCall, *_selects_by(layer), input._version, stream, torch._C._cuda_isCurrentStreamCapturing()
+        self._core.multiply(stream, m, group.once(layer, input, key, select).data_ptr(), output.data_ptr())
+        return output
+
+    def _workspace(self, like: Tensor, m: int) -> Tensor:
+        return like.new_empty(self._core.workspace_bytes(m) // like.element_size())
+
+
+def _read(layer: SparseLinear) -> tuple[object, ...] | None:
+    """All that a call reads of a layer but its input, in what changes with it; None where a tensor is of a class of its own."""
+    parameters, buffers = layer._parameters, layer._buffers
+    weight, bias, own = parameters["weight"], parameters["bias"], parameters.get("sparse_weight")
+    down, up, comp_bias = parameters.get("comp_down"), parameters.get("comp_up"), parameters.get("comp_bias")
+    if has_torch_function_variadic(weight, bias, own, down, up, comp_bias):
+        return None
+    output_bias = buffers["output_bias"]
+    return (
+        layer.branch,
+        layer.norm_compensation,
+        layer.precision,
+        layer.small_m,
+        layer._values_scale,
+        _place(weight),
+        _place(bias),
+        _place(own),
+        _place(down),
+        _place(up),
+        _place(comp_bias),
+        launch.address(buffers["score"]),
+        launch.address(buffers["shift"]),
+        launch.address(buffers["permutation"]),
+        launch.address(buffers["places"]),
+        launch.address(buffers["weight_fp8"]),
+        launch.address(buffers["weight_scale"]),
+        # The sum of two biases serves until one of them is written to.
+        None if output_bias is None else (output_bias.data_ptr(), bias._version, comp_bias._version),  # type: ignore[union-attr]
+    )
+
+
+def _place(tensor: Tensor | None) -> tuple[object, ...] | None:
+    return None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.is_contiguous())
+
+
+def _selects_by(layer: SparseLinear) -> tuple[object, ...]:
+    """Of that, what its selection depends on, written to or not."""
+    buffers, down = layer._buffers, layer._parameters.get("comp_down")
+    tensors = buffers["score"], buffers["shift"], buffers["places"], down
+    places = [None if tensor is None else (tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return layer.branch, layer.norm_compensation, layer.precision, layer._values_scale, *places
