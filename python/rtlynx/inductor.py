@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx
 
 from rtlynx.activations import selection_does
-from rtlynx.inductor_epilogue import find_epilogues
 
 logger = logging.getLogger("rtlynx")
 
@@ -65,7 +64,6 @@ def _teach() -> None:
 
     lowerings[sparsify] = select_once
     lowerings[sparse_linear] = _either(_sparse_linear_into, lowerings[sparse_linear])
-    find_epilogues()
 
 
 def _either(into: Lowering, otherwise: Lowering) -> Lowering:

@@ -58,7 +58,7 @@ def test_repeated_blocks_of_a_diffusers_model() -> None:
 
 
 @torch.no_grad()
-def test_products_of_diffusers_blocks_add_to_the_residual() -> None:
+def test_sums_behind_products_are_left_to_inductor() -> None:
     tiny = TINY["flux"]
     model = rtlynx.apply(tiny.build("cpu", torch.bfloat16), SparsityConfig(small_m="sparse"))
     inputs = tiny.inputs("cpu", torch.bfloat16)
@@ -67,9 +67,7 @@ def test_products_of_diffusers_blocks_add_to_the_residual() -> None:
     with torch._inductor.config.patch(fx_graph_cache=False):
         got, code = run_and_get_code(lambda: output(model, inputs))
     calls = [line for graph in code for line in graph.splitlines() if "rtlynx.sparse_linear_into.default(" in line]
-    with_residual = sum("'none', " in call for call in calls)
-    # Both attention outputs and both feed-forwards of the double-stream block, proj_out of two single-stream ones, which may share a graph.
-    assert with_residual in (5, 6) and with_residual < len(calls)
+    assert calls and not any("'none', " in call for call in calls)  # what a residual would come behind
     assert (got - want).norm() / want.norm() < 2e-2  # bfloat16, rounded less often
 
 

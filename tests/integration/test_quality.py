@@ -8,6 +8,7 @@ import math
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_several_processes_add_to_one_file(measured: dict[str, dict[str, object]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     for part in ("0/2", "3/2", "half"):
         assert CliRunner().invoke(app, ["bench", "quality", "--part", part, "--device", "cpu", "--out", str(tmp_path)]).exit_code == 2
+
+
+def test_a_row_like_the_dense_one_is_kept_without_a_difference_in_psnr(measured: dict[str, Any], tmp_path: Path) -> None:
+    results = Results(tmp_path, "tiny", {"prompts": 3})
+    infinite = {**measured["naive"]["replicates"], "psnr_db": [math.inf] * len(measured["naive"]["replicates"]["psnr_db"])}
+    results.add("split", measured["split"], [])
+    results.add("equal", {**measured["naive"], "method": "equal", "replicates": infinite}, [])  # a search may leave everything dense
+    paired = list(csv.DictReader((tmp_path / "quality_paired.csv").read_text().splitlines()[1:]))
+    found = {row["figure"] for row in paired if row["method"] == "equal"}
+    assert "velocity_rel_err" in found and "psnr_db" not in found
 
 
 def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:

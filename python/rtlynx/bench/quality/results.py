@@ -155,8 +155,9 @@ def _paired(file: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         mine, theirs = row.get("replicates", {}), other.get("replicates", {})
         for figure in mine.keys() & theirs.keys():
-            differences = [a - b for a, b in zip(mine[figure], theirs[figure], strict=True)]
-            if all(map(math.isfinite, differences)):
+            pairs = list(zip(mine[figure], theirs[figure], strict=True))
+            if not any(value is None for pair in pairs for value in pair):  # as what is not finite is stored: the PSNR of equal pictures
+                differences = [a - b for a, b in pairs]
                 value, low, high = interval_of(differences)
                 key = {name: row[name] for name in COLUMNS[:4]}
                 against = f"{method}/{selection}/{other['rank']}"
