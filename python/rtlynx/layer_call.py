@@ -89,9 +89,11 @@ class LayerCall:
             or _read(layer) != self._read
         ):
             return None
-        output = input.new_empty((*input.shape[:-1], self._n))
-        stream, group = launch.stream(self._device), layer.input_group
-        if group is None or layer.sharing == 1 or input.is_inference():
+        group = None if layer.sharing == 1 else layer.input_group
+        if group is not None and input.is_inference():  # has no version, so nothing is kept
+            return None
+        output, stream = input.new_empty((*input.shape[:-1], self._n)), launch.stream(self._device)
+        if group is None:
             workspace = self._workspace(input, m)
             self._core.run(stream, m, input.data_ptr(), workspace.data_ptr(), output.data_ptr())
             return output

@@ -174,6 +174,7 @@ class InputGroup:
         asked = *reader.selection_inputs(), *norm
         state = _state(source, asked)
         if state is None:
+            _refuse_moving_ahead(reader)
             return select(source)
         # The same objects, since comparing tensors would cost more than selecting.
         key = *(id(item) if isinstance(item, Tensor) else item for item in asked), *state
@@ -189,8 +190,7 @@ class InputGroup:
             key: What equals that of another reader, and of this one in the next call, exactly if the selection is the same.
             alive: What has to be there as long as the selection is kept, for `key` to mean something.
         """
-        if "_diffusers_hook" in reader.__dict__:
-            _refuse_moving_ahead(reader)
+        _refuse_moving_ahead(reader)
         kept = self._kept
         if kept is not None and kept.source() is source and kept.key == key and id(reader) not in kept.readers:
             kept.readers.add(id(reader))
@@ -221,6 +221,8 @@ def _refuse_moving_ahead(layer: LayerState) -> None:
 
     It would fill what the next layer holds in common with this one while this one still reads it.
     """
+    if "_diffusers_hook" not in layer.__dict__:
+        return
     hook = layer._diffusers_hook.get_hook("group_offloading")  # type: ignore[operator, union-attr]
     if hook is not None and hook.group.stream is not None:
         got = 'offload_type="leaf_level" with use_stream=True'
