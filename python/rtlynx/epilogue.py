@@ -42,6 +42,6 @@ def in_product(residual: Tensor) -> bool:
     """Whether the product adds to the residual.
 
     Not for gradients, which would compute it again, nor where a copy would come first. Nor in compiled code, where inductor merges the sum
-    with what comes next: FLUX.1's step was 2 % slower with the sum in the product (docs/kernels.md).
+    with what comes next: FLUX.1's step gained nothing from the sum in the product (docs/kernels.md).
     """
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and residual.is_contiguous()
