@@ -213,7 +213,8 @@ def check_style(session: nox.Session) -> None:
     run(session, "ruff", "check", *PYTHON_FILES)
     run(session, "ruff", "format", "--check", *PYTHON_FILES)
     run(session, "mypy")
-    run(session, "clang-format", "--dry-run", "-Werror", *map(str, Path("cuda").rglob("*.cu*")))
+    device_code = [*Path("cuda").rglob("*.cu*"), *Path("python").rglob("*.cu")]
+    run(session, "clang-format", "--dry-run", "-Werror", *map(str, device_code))
     run(session, "cargo", "fmt", "--all", "--check")
     run(session, "cargo", "clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings")
     check_stub(session)

@@ -151,7 +151,7 @@ def test_a_peer_that_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_call_of_a_peer_has_its_column() -> None:
     columns = {field.name for field in dataclasses.fields(LayerTimes)}
-    assert {"fp8_ms", "cusparselt_mm_ms", "cusparselt_compress_ms", "fused_ms"} <= columns
+    assert {"fp8_ms", "cusparselt_mm_ms", "cusparselt_compress_ms", "cutlass_mm_ms", "fused_ms"} <= columns
 
 
 @pytest.mark.parametrize("argument, got", [("name", "sparse"), ("steps", 0), ("steps", 1 << 31), ("data", 0), ("cycles", 8)])

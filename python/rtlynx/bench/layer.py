@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtlynx import _core, ops
-from rtlynx.bench.peers import Operands, prepare
+from rtlynx.bench.peers import Operands, fastest_kernels, prepare
 from rtlynx.bench.timing import time_interleaved
 from rtlynx.fp8 import missing_kernels, quantize_weight
 from rtlynx.reference import E4M3
@@ -36,6 +36,8 @@ class LayerTimes:
         copy_ms: A device copy of as many bytes as selection has to move, the floor of `select_ms`.
         cusparselt_mm_ms: ``torch.mm`` of a compressed activation and the weight, without bias; torch plans anew in every call.
         cusparselt_compress_ms: Compressing an activation that is 2:4 already; finding its zeros is not counted.
+        cutlass_mm_ms: CUTLASS's sparse GEMM on an activation that is compressed already, without bias: the fastest of its kernels.
+        cutlass_kernel: That one: tile, cluster, schedule and swizzle.
         fused_ms: The one-kernel path, a whole layer like `layer_ms`.
         kernel: Of `gemm_ms`.
         gemm_e4m3_ms: Like `gemm_ms`, with e4m3 operands (``precision="fp8"``); NaN where the GPU has no kernels for it.
@@ -58,6 +60,8 @@ class LayerTimes:
     copy_ms: float = math.nan
     cusparselt_mm_ms: float = math.nan
     cusparselt_compress_ms: float = math.nan
+    cutlass_mm_ms: float = math.nan
+    cutlass_kernel: str = ""
     fused_ms: float = math.nan
     kernel: str = ""
     gemm_e4m3_ms: float = math.nan
@@ -69,7 +73,8 @@ class LayerTimes:
 def layer_calls(m: int, n: int, k: int, rank: int, peers: bool = True) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """One layer on random bfloat16 data on the current device.
 
-    Returns the calls that layer.csv has times of, by column without ``_ms``, and the peers that do not run the layer, each with why.
+    Returns the calls that layer.csv has times of, named as `rtlynx.bench.peers.Calls` are, and the peers that do not run the layer, each
+    with why.
     """
     torch.manual_seed(m * n + k)
     x, weight, bias = _random(m, k), _random(n, k) / math.sqrt(k), _random(n)
@@ -98,7 +103,7 @@ def layer_calls(m: int, n: int, k: int, rank: int, peers: bool = True) -> tuple[
 def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: bool = True) -> tuple[LayerTimes, dict[str, str]]:
     """Time one layer on random bfloat16 data on the current device; also the peers that do not run it, each with why."""
     calls, missing = layer_calls(m, n, k, rank, peers)
-    ms = time_interleaved(calls, repeats)
+    ms, kernels = fastest_kernels(time_interleaved(calls, repeats))
     times = LayerTimes(
         m=m,
         n=n,
@@ -108,6 +113,7 @@ def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: b
         speedup=ms["dense"] / ms["layer"],
         speedup_e4m3=ms["dense"] / ms.get("layer_e4m3", math.nan),
         kernel=_core.gemm_kernel(torch.cuda.current_device(), m, n, k, rank, "bfloat16"),
+        cutlass_kernel=kernels.get("cutlass_mm", ""),
         **{f"{name}_ms": time for name, time in ms.items()},
     )
     return times, missing

@@ -15,6 +15,7 @@ from rtlynx.errors import RTLynxError
 from rtlynx.reference import Sparsified
 
 Calls = Mapping[str, Callable[[], object]]
+"""By column of layer.csv without ``_ms``. A peer with several kernels for one product has a call for each, ``column:kernel``."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,20 @@ def cusparselt(layer: Operands) -> Calls:
     }
 
 
+def cutlass(layer: Operands) -> Calls:
+    """CUTLASS's sparse GEMM, if it can be compiled here, on an activation that is 2:4 and compressed already: its product, without bias."""
+    from rtlynx.bench.cutlass import calls
+
+    return calls(layer)
+
+
 def fused(layer: Operands) -> Calls:
     """rtlynx's one-kernel path: selection inside the product, nothing compressed touches memory."""
     linear = importlib.import_module("rtlynx.fused").fused_linear
     return {"fused": lambda: linear(layer.x, layer.weight, comp_down=layer.comp_down, comp_up=layer.comp_up, bias=layer.bias)}
 
 
-PEERS: dict[str, Callable[[Operands], Calls]] = {"fp8": fp8, "cusparselt": cusparselt, "fused": fused}
+PEERS: dict[str, Callable[[Operands], Calls]] = {"fp8": fp8, "cusparselt": cusparselt, "cutlass": cutlass, "fused": fused}
 
 
 def prepare(layer: Operands) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
@@ -84,3 +92,16 @@ def prepare(layer: Operands) -> tuple[dict[str, Callable[[], object]], dict[str,
         else:
             calls.update(mine)
     return calls, missing
+
+
+def fastest_kernels(ms: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+    """Times by column, where calls ``column:kernel`` become the least of their times; and column → kernel for those."""
+    times: dict[str, float] = {}
+    kernels: dict[str, str] = {}
+    for call in sorted(ms, key=ms.__getitem__):
+        column, _, kernel = call.partition(":")
+        if column not in times:
+            times[column] = ms[call]
+            if kernel:
+                kernels[column] = kernel
+    return times, kernels

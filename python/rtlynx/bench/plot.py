@@ -22,6 +22,7 @@ BARS = {
     "dense_ms": ("cuBLAS bf16", "#9a9a9a"),
     "fp8_ms": ("cuBLAS fp8, quantised before", "#d9b26f"),
     "cusparselt_mm_ms": ("cuSPARSELt mm, compressed before", "#c98f8f"),
+    "cutlass_mm_ms": ("CUTLASS sparse, compressed before", "#a88fc9"),
     "layer_ms": ("rtlynx, whole layer", "#2f6fb7"),
     "fused_ms": ("rtlynx, one kernel", "#7fb3e6"),
 }

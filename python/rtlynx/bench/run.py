@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from rtlynx.bench import cutlass_build
 from rtlynx.bench.layer import LayerTimes, measure_layer
 from rtlynx.bench.probe import measure_limits
 
@@ -17,7 +18,7 @@ class Run:
 
     Attributes:
         rows: One for each layer.
-        notes: The limits, and the first layer that each absent peer did not run, as `key: value` lines for a result file.
+        notes: The limits, which CUTLASS ran, and the first layer that each absent peer did not run: `key: value` lines for a result file.
     """
 
     rows: tuple[LayerTimes, ...]
@@ -34,4 +35,5 @@ def run_layers(shapes: Sequence[tuple[int, int, int]], rank: int, repeats: int, 
             rows.append(times)
             for peer, reason in absent.items():
                 missing.setdefault(peer, f"without {peer}: first at M {m}, N {n}, K {k}: {reason}")
-    return Run(tuple(rows), (*measure_limits(repeats).header(), *missing.values()))
+    versions = [cutlass_build.described()] if any(row.cutlass_kernel for row in rows) else []
+    return Run(tuple(rows), (*measure_limits(repeats).header(), *versions, *missing.values()))
