@@ -12,7 +12,7 @@ import torch
 
 import rtlynx
 from rtlynx import SparseLinear
-from rtlynx.bench.breakdown import kind, milliseconds_by_kind
+from rtlynx.bench.breakdown import apart, kind, milliseconds_by_kind
 from rtlynx.bench.calibration import measure_calibration
 from rtlynx.bench.models import MODELS, BenchModel
 from rtlynx.bench.random_model import build, random_compensation, variant
@@ -75,7 +75,7 @@ def test_steps_of_every_model(name: str) -> None:
         assert math.isnan(row.graph_ms)  # there is no GPU
     assert rows[0].speedup == 1 and rows[2].speedup == pytest.approx(rows[0].step_ms / rows[2].step_ms)
     assert rows[2].memory_gb > rows[0].memory_gb == rows[1].memory_gb
-    assert any(note.startswith("apply with a branch of rank 16") for note in notes)
+    assert any(note.startswith("apply, rank 16 in every layer: ") for note in notes)
     assert not any("not finite" in note for note in notes)
 
 
@@ -103,6 +103,14 @@ def test_modes_with_hooks_around_layers_and_blocks() -> None:
     assert not any("not finite" in note for note in notes)
     _, notes = measure_step(small("z-image"), CPU, rank=16, repeats=1, compiled=False, modes=("first-block-cache",))
     assert "first-block-cache not measured: ZImageTransformer2DModel has no caches" in notes
+
+
+def test_blocks_of_one_class_left_as_they_were() -> None:
+    modes = ("compensated", "compensated without FluxAttention", "compensated without Attention")
+    rows, notes = measure_step(small("flux.1-dev"), CPU, rank=16, repeats=1, compiled=False, modes=modes)
+    assert [row.mode for row in rows] == ["dense", "rank 16", "rank 16 without FluxAttention"]
+    (note,) = [note for note in notes if "not measured" in note]
+    assert note.startswith("compensated without Attention not measured: no Attention among the fused blocks: AdaLayerNormZero")
 
 
 def test_compact_holds_one_weight_and_changes_no_other_mode() -> None:
@@ -149,6 +157,11 @@ def test_breakdown_counts_each_op_once() -> None:
     a = torch.randn(256, 256)
     times = milliseconds_by_kind(lambda: torch.mm(a, a).relu(), CPU)
     assert times["gemm"] > 0 and times["other"] > 0 and times["select"] == times["attention"] == 0
+
+
+def test_kernels_that_overlap_count_once() -> None:
+    kernels = [("gemm", 5.0, 9.0), ("select", 0.0, 6.0), ("inside", 6.5, 8.0), ("late", 20.0, 21.0)]
+    assert apart(kernels) == [("select", 6.0), ("gemm", 3.0), ("inside", 0.0), ("late", 1.0)]
 
 
 def row(model: str, mode: str, step_ms: float) -> StepTimes:

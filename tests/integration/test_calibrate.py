@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import rtlynx
 from rtlynx import Compensation, CompensationMismatchError, InvalidArgumentError, SparsityConfig
 from rtlynx.calibrate.collect import all_dense
+from rtlynx.calibrate.samples import Reservoir
 from rtlynx.eligibility import sparse_layers
 from tiny_models import TINY, output, relative_error
 
@@ -157,6 +159,21 @@ def test_little_memory_means_more_passes_and_the_same_result() -> None:
     assert results[0][0] == 1 and results[1][0] > 2
     for name, tensor in results[0][1].tensors.items():
         assert torch.equal(tensor, results[1][1].tensors[name]), name
+
+
+def test_samples_of_one_pass_are_gone_before_the_next() -> None:
+    inputs = TINY["flux"].inputs("cpu", F32)
+    pipe = Pipe()
+    rtlynx.apply(pipe, SparsityConfig(rank=16))
+    held = []
+
+    def run() -> None:
+        held.append(sum(type(each) is Reservoir for each in gc.get_objects()))
+        output(pipe.transformer, inputs)
+
+    gc.collect()
+    rtlynx.calibrate(pipe, run=run, memory=8192 * 640 * 4, progress=False)
+    assert held == [0] * len(held) and len(held) > 2
 
 
 def test_a_failed_run_leaves_the_model_as_it_was(calibrated: Calibrated) -> None:

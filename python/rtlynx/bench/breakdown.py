@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch._C._autograd import DeviceType
@@ -22,17 +22,36 @@ def kind(kernel: str) -> str:
     return next((name for name, pattern in KINDS.items() if pattern.search(kernel)), "other")
 
 
-def milliseconds_by_kind(step: Callable[[], object], device: torch.device, repeats: int = 2) -> dict[str, float]:
-    """Time of the kernels of one step by kind, mean of ``repeats``; on a CPU that of the ops."""
+def milliseconds_by_kind(step: Callable[[], object], device: torch.device, repeats: int = 3) -> dict[str, float]:
+    """Time of the kernels of one step by kind, mean of ``repeats`` after as many that warm the device up; on a CPU that of the ops."""
     on_gpu = device.type == "cuda"
+    for _ in range(repeats):
+        step()
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         for _ in range(repeats):
             step()
         if on_gpu:
             torch.cuda.synchronize(device)
+    events = [event for event in profiler.events() or () if (event.device_type == DeviceType.CUDA) is on_gpu]
+    if on_gpu:
+        kernels = [event for event in events if not getattr(event, "is_user_annotation", False)]
+        spent = apart([(event.name, event.time_range.start, event.time_range.end) for event in kernels])
+    else:
+        spent = [(event.name, event.self_cpu_time_total) for event in events]
     times = dict.fromkeys((*KINDS, "other"), 0.0)
-    for event in profiler.events() or ():
-        if (event.device_type == DeviceType.CUDA) is on_gpu:
-            spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            times[kind(event.name)] += spent / repeats * 1e-3
+    for name, microseconds in spent:
+        times[kind(name)] += microseconds / repeats * 1e-3
     return times
+
+
+def apart(kernels: Iterable[tuple[str, float, float]]) -> list[tuple[str, float]]:
+    """Name and duration of kernels from name, start and end, in the order of their starts.
+
+    A kernel may start while the one before still runs (programmatic dependent launch). What they have in common counts for the first, so
+    that durations add up to the time in which there was a kernel.
+    """
+    found, until = [], float("-inf")
+    for name, start, end in sorted(kernels, key=lambda each: each[1:]):
+        found.append((name, max(0.0, end - max(start, until))))
+        until = max(until, end)
+    return found

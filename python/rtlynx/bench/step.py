@@ -23,6 +23,7 @@ from rtlynx.bench.peers import Unavailable
 from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.eligibility import candidates
 from rtlynx.fp8 import missing_kernels
+from rtlynx.fusions.install import original_class
 
 logger = logging.getLogger("rtlynx")
 
@@ -39,8 +40,8 @@ class StepTimes:
         other_ms: What remains of the step: all other kernels, and gaps between kernels.
         memory_gb: Weights and buffers of this mode alone, and what a step allocates beyond, in 10⁹ bytes.
         speedup: Over the dense step that is compiled like this one.
-        gap_ms: Of `other_ms`, what no kernel ran in: the device waited for the host. From the profile, so it can be a little off, also
-            below 0; NaN in files of versions that did not tell.
+        gap_ms: Of `other_ms`, what no kernel ran in: the device waited for the host. From the profile, which is of other calls at another
+            clock, so it can be a little off, also below 0; NaN in files of versions that did not tell.
         graph_ms: Median time of the same forward replayed as a CUDA graph, where the host costs nothing; NaN where it is not compiled, not
             on a GPU, or cannot be captured.
     """
@@ -141,8 +142,10 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
 }
 """Name → what makes a model of random weights one of this mode, given the rank."""
 USUAL_MODES = ("dense", "naive", "compensated", "sparse fp8", "fp8")
+WITHOUT = " without "
+"""Between a mode and the class of the blocks that are left as diffusers wrote them: ``"sparse fp8 without FluxAttention"``."""
 _EAGER_ONLY = ("fp8-storage", "first-block-cache")  # hooks around the layers or blocks: no whole graph
-_WITH_BRANCH = ("sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", *_EAGER_ONLY)
+_WITH_BRANCH = ("compensated", "sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", *_EAGER_ONLY)
 
 
 @torch.no_grad()
@@ -170,7 +173,7 @@ def measure_step(
         repeats: Timed steps of each.
         eager: Whether to time eager modes.
         compiled: Whether to time compiled modes.
-        modes: Which of `MODES`; "dense" is always measured.
+        modes: Which of `MODES`, or one of them `WITHOUT` one kind of fused blocks; "dense" is always measured.
         compile_options: For ``compile_repeated_blocks``, beside ``fullgraph=True``.
 
     Returns:
@@ -183,17 +186,17 @@ def measure_step(
     notes: list[str] = []
     steps: dict[tuple[str, bool], Any] = {}
     for mode in dict.fromkeys(("dense", *modes)):
-        for use_compiler in (False,) * eager + (True,) * (compiled and mode not in _EAGER_ONLY):
+        for use_compiler in (False,) * eager + (True,) * (compiled and mode.partition(WITHOUT)[0] not in _EAGER_ONLY):
             one = variant(module)
             start = time.perf_counter()
             try:
-                MODES[mode](one, rank)
+                _make(one, mode, rank)
             except Unavailable as error:
                 notes.append(f"{mode} not measured: {error}")
                 break
             _synchronize(device)
-            if mode == "compensated":
-                notes.append(f"apply with a branch of rank {rank} in every layer: {time.perf_counter() - start:.2f} s")
+            if mode in _WITH_BRANCH and not use_compiler:
+                notes.append(f"apply, {_label(mode, rank)} in every layer: {time.perf_counter() - start:.2f} s")
             if use_compiler:
                 one.compile_repeated_blocks(fullgraph=True, **(compile_options or {}))
             steps[mode, use_compiler] = one
@@ -232,11 +235,28 @@ def measure_step(
     return rows, notes
 
 
+def _make(module: nn.Module, mode: str, rank: int) -> None:
+    """Make a model of random weights one of this mode.
+
+    Raises:
+        Unavailable: It cannot be one here.
+    """
+    base, _, left = mode.partition(WITHOUT)
+    MODES[base](module, rank)
+    blocks = [block for block in module.modules() if original_class(block) is not type(block) and type(block).__name__ == left]
+    if left and not blocks:
+        fused = sorted({type(block).__name__ for block in module.modules() if original_class(block) is not type(block)})
+        raise Unavailable(f"no {left} among the fused blocks: {', '.join(fused) or 'none'}")
+    for block in blocks:
+        block.__class__ = original_class(block)
+
+
 def _label(mode: str, rank: int) -> str:
     """What a row is called: a mode with a branch by the rank, and by what else it is."""
-    if mode == "compensated":
-        return f"rank {rank}"
-    return f"rank {rank}, {mode}" if mode in _WITH_BRANCH else mode
+    base, without, left = mode.partition(WITHOUT)
+    if base not in _WITH_BRANCH:
+        return mode
+    return (f"rank {rank}" if base == "compensated" else f"rank {rank}, {base}") + without + left
 
 
 def _call(module: Any, inputs: Mapping[str, Any]) -> Callable[[], torch.Tensor]:

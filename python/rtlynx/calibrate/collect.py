@@ -129,8 +129,7 @@ def collect_shared(
         if any([names for names, _ in theirs] != [names for names, _ in found[0]] for theirs in found):
             expected = "the same model, whose layers are called alike in all"
             raise InvalidArgumentError("calibrate", "pipe_or_module", "processes whose models call different layers", expected)
-        for i, input in enumerate(inputs):  # every token as likely as any other, whichever process saw it
-            input.reservoir.lower_rate(min(theirs[i][1] for theirs in found))
+        _level(inputs, [[rate for _, rate in theirs] for theirs in found])
         if processes.count > 1:
             inputs.sort(key=lambda input: -next(iter(input.layers.values())).in_features)
         while inputs:
@@ -141,8 +140,15 @@ def collect_shared(
                 samples = _gathered(kept.reservoir.samples(), processes, owner)
                 if samples is not None:
                     mine = LayerInput(kept.layers, samples, seen)
+                del kept, samples
             yield mine
             del mine  # before the next are gathered
+
+
+def _level(inputs: list[_Watched], rates: list[list[float]]) -> None:
+    """Make every token as likely as any other, whichever process saw it: ``rates`` are those of all inputs in each process."""
+    for input, theirs in zip(inputs, zip(*rates, strict=True), strict=True):
+        input.reservoir.lower_rate(min(theirs))
 
 
 def _gathered(samples: Samples, processes: Processes, owner: int) -> Samples | None:
@@ -180,9 +186,6 @@ def _passes(
             return
         if watched.postponed:
             logger.info("calibrate: %d of %d layers do not fit in memory at once: another pass", len(watched.postponed), len(waiting))
-        for input in watched.inputs:
-            for name in input.layers:
-                del waiting[name]
         waiting = {name: layer for name, layer in waiting.items() if name in watched.postponed}
         yield watched
 
@@ -222,6 +225,7 @@ class _Pass:
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
         self._recent.clear()
+        self._leader.clear()  # or inputs would stay in memory that were consumed
 
     def begin_run(self) -> None:
         self._recent.clear()

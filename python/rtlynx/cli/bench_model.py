@@ -25,7 +25,7 @@ def model(
         typer.Option(
             "--mode",
             help="naive, compensated, 'sparse fp8', fp8 (these by default); 'sparse fp8 compact', 'sparse fp8 unfused', fp8-storage, "
-            "first-block-cache.",
+            "first-block-cache. With ' without CLASS' behind it, blocks of that class are not fused.",
         ),
     ] = None,
     out: Annotated[
@@ -41,7 +41,7 @@ def model(
 
     from rtlynx.bench.machine import describe, gpu_slug
     from rtlynx.bench.models import MODELS
-    from rtlynx.bench.step import MODES, USUAL_MODES, measure_step
+    from rtlynx.bench.step import MODES, USUAL_MODES, WITHOUT, measure_step
     from rtlynx.bench.step_results import save_picture, write_steps
     from rtlynx.cli.bench import require_gpu
     from rtlynx.report.table import Column, terminal_table
@@ -52,7 +52,7 @@ def model(
         raise InvalidArgumentError("bench model", "--random-weights", "not given", "it: released weights are not read yet")
     if not (eager or compiled):
         raise InvalidArgumentError("bench model", "--no-eager --no-compile", "both", "one of them")
-    if unknown := set(modes or ()) - set(MODES):
+    if unknown := {mode.partition(WITHOUT)[0] for mode in modes or ()} - set(MODES):
         raise InvalidArgumentError("bench model", "--mode", ", ".join(sorted(unknown)), ", ".join(MODES))
     require_gpu()
     chosen = MODELS[name]

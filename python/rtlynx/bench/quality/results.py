@@ -27,8 +27,15 @@ _WITH_INTERVALS = (
     "attribute_accuracy_minus_dense",
 )
 
-_AGAINST = (("paper_trained", "magnitude"), ("split", "shift"), ("joint", "shift"))
-"""Method and selection of the rows that all others are compared with, prompt by prompt: the paper's form, and the two tiers."""
+_AGAINST = (
+    ("paper_trained", "magnitude"),
+    ("split", "shift"),
+    ("joint", "shift"),
+    ("split_skip", "shift"),
+    ("split_skip_fp8", "shift"),
+)
+"""Method and selection of the rows that all others are compared with, prompt by prompt: the paper's form, the two tiers, and the paper's
+hand-picked layers."""
 
 
 class Results:
