@@ -17,6 +17,7 @@ from rtlynx.errors import InvalidArgumentError
 from rtlynx.fused_projections import keep_fused_sparse
 from rtlynx.fusions import install_fusions
 from rtlynx.linear import SparseLinear
+from rtlynx.offloading import unshare_before_moving_ahead
 from rtlynx.patterns import first_match
 from rtlynx.recipe_file import read_recipe
 from rtlynx.recipes import find_recipe
@@ -73,6 +74,7 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
         keep_fused_sparse(root)
         install_fusions(root, config.fuse)
         refresh_with_adapters(root)
+        unshare_before_moving_ahead(root)
         install_dense_steps(root, config)
         install_bias_groups(root)
         root.__dict__[_CONFIG] = config

@@ -43,8 +43,8 @@ class SparsityConfig:
             the weight, on GPUs of compute capability 9.0 (emulated on the CPU); branch, bias and output keep the model's dtype. Needs
             half again the memory of the sparse layers' weights until `rtlynx.compact`, no gradient. A compensation fitted under one serves
             the other.
-        share_inputs: Whether layers that read one tensor (q, k and v) select from it once and hold what selection needs in common. Not with
-            offloading that moves single layers ahead of time (``offload_type="leaf_level", use_stream=True``).
+        share_inputs: Whether layers that read one tensor (q, k and v) select from it once and hold what selection needs in common.
+            ``enable_group_offload`` ends it where it moves single layers ahead of time (``offload_type="leaf_level", use_stream=True``).
         fuse: Whether blocks that `rtlynx.fusions` knows hand a layer what is there before the activation (and concatenation) before it:
             the layer's selection then does both, and neither is written to memory. And whether their norms are one kernel each,
             and the rest between their layers is done in fewer passes, eager on GPUs.

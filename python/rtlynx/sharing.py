@@ -39,7 +39,7 @@ def share_inputs(root: nn.Module, enabled: bool = True) -> None:
         _untie(list(layers.values()))
     for name, layer in layers.items():
         parts = parts_of(name)
-        layer.input_group, layer.repeats = None, any(part in layers for part in parts)
+        layer.input_group, layer.sharing, layer.repeats = None, 1, any(part in layers for part in parts)
         name = f".{parts[0] if parts else name}"
         for suffix, i in suffixes if enabled else ():
             if name.endswith(suffix):
@@ -219,7 +219,8 @@ class _Kept(NamedTuple):
 def _refuse_moving_ahead(layer: LayerState) -> None:
     """Refuse diffusers' group offloading of single layers on a stream.
 
-    It would fill what the next layer holds in common with this one while this one still reads it.
+    It would fill what the next layer holds in common with this one while this one still reads it. `rtlynx.offloading` sees to it that
+    nothing is shared where the model's own method set it up; only who called diffusers' function comes here.
     """
     if "_diffusers_hook" not in layer.__dict__:
         return

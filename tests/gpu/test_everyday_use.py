@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor
 
 import rtlynx
@@ -22,9 +23,9 @@ FLUX = TINY["flux"]
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
-def sparse(module_or_pipe: Any, share_inputs: bool = True) -> Any:
+def sparse(module_or_pipe: Any) -> Any:
     """With a branch in every layer, never falling back to the dense product although the model is small."""
-    rtlynx.apply(module_or_pipe, SparsityConfig(rank=16, selection="weight", small_m="sparse", share_inputs=share_inputs))
+    rtlynx.apply(module_or_pipe, SparsityConfig(rank=16, selection="weight", small_m="sparse"))
     model = getattr(module_or_pipe, "transformer", module_or_pipe)
     rng = torch.Generator()
     for layer in model.modules():
@@ -41,6 +42,9 @@ OFFLOADING: dict[str, Callable[[Any], None]] = {
     "group, leaves, stream": lambda pipe: pipe.transformer.enable_group_offload(
         torch.device("cuda"), torch.device("cpu"), offload_type="leaf_level", use_stream=True
     ),
+    "group, blocks, stream": lambda pipe: pipe.transformer.enable_group_offload(
+        torch.device("cuda"), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1, use_stream=True
+    ),
     "group, blocks": lambda pipe: pipe.transformer.enable_group_offload(
         torch.device("cuda"), torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
     ),
@@ -49,9 +53,8 @@ OFFLOADING: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("kind", OFFLOADING)
 def test_offloading(kind: str) -> None:
-    share = "stream" not in kind
-    want = sample(sparse(flux_pipeline("cuda", BF16), share), output_type="latent")
-    pipe = sparse(flux_pipeline("cpu", BF16), share)
+    want = sample(sparse(flux_pipeline("cuda", BF16)), output_type="latent")
+    pipe = sparse(flux_pipeline("cpu", BF16))
     OFFLOADING[kind](pipe)
     if kind.startswith("group"):
         pipe.vae.to("cuda")
@@ -61,7 +64,8 @@ def test_offloading(kind: str) -> None:
 
 def test_moving_shared_tensors_ahead_is_refused() -> None:
     pipe = sparse(flux_pipeline("cpu", BF16))
-    OFFLOADING["group, leaves, stream"](pipe)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    apply_group_offloading(pipe.transformer, cuda, cpu, offload_type="leaf_level", use_stream=True)
     pipe.vae.to("cuda")
     with pytest.raises(rtlynx.InvalidArgumentError, match="share_inputs=False"):
         sample(pipe, output_type="latent")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +19,15 @@ from typer.testing import CliRunner
 
 import rtlynx
 from rtlynx import InvalidArgumentError, SparsityConfig
+from rtlynx.bench.quality import longer
 from rtlynx.bench.quality.docs import BEGIN, END, write_docs
 from rtlynx.bench.quality.judge import Judge
 from rtlynx.bench.quality.pruning import pruned_weights
 from rtlynx.bench.quality.results import COLUMNS, Results
 from rtlynx.bench.quality.rows import Row, recipe_row, rows
 from rtlynx.bench.quality.run import QualityBench, Settings
-from rtlynx.calibrate.fit import Fit
+from rtlynx.calibrate.collect import LayerInput
+from rtlynx.calibrate.fit import Fit, Tensors, fit_input
 from rtlynx.cli import app
 from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.drawing import draw
@@ -90,7 +94,7 @@ def test_the_model_is_dense_and_unchanged_between_rows(bench: QualityBench, meas
     assert {**again, "seconds": 0, "fit_seconds": 0} == {**measured["dense"], "seconds": 0, "fit_seconds": 0}
 
 
-def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
+def test_rows_have_keys_of_their_own_and_every_method_has_one() -> None:
     every = rows(16, (8, 32), [recipe_row("mine", SparsityConfig(rank=16))])
     assert len({row.key for row in every}) == len(every)
     assert every[0] == Row("dense")
@@ -102,6 +106,7 @@ def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
         "naive",
         "norm",
         "paper_trained",
+        "paper_trained_longer",
         "paper",
         "split",
         "refit",
@@ -111,6 +116,36 @@ def test_rows_have_keys_of_their_own_and_the_issue_is_covered() -> None:
     assert {row.rank for row in every if row.method == "split"} == {8, 16, 32}
     selections = {"magnitude", "shift", "permutation", "shift+permutation"}
     assert {row.selection for row in every if row.method == "joint"} == selections | {"weight", "weight+shift", "weight+shift+permutation"}
+
+
+def test_a_longer_training_takes_the_best_rate_for_every_input(bench: QualityBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(longer, "RATES", (1e-3, 1e-2))
+    seen: dict[tuple[str, float], tuple[int, Tensor]] = {}  # layer and rate → steps, branch
+
+    def fitted(input: LayerInput, fit: Fit, device: torch.device) -> dict[str, Tensors]:
+        found = dict(fit_input(input, fit, device))
+        seen.update({(name, fit.learning_rate): (fit.training_steps, tensors["comp_up"]) for name, tensors in found.items()})
+        return found
+
+    monkeypatch.setattr(longer, "fit_input", fitted)
+    first, second = bench.inputs[:2]
+
+    def errors(found: Mapping[str, Tensors]) -> dict[str, float]:
+        """The lower rate is the better one for the first input, the higher for the second."""
+        low = {name: torch.equal(tensors["comp_up"], seen[name, 1e-3][1]) for name, tensors in found.items()}
+        return {name: float(low[name] is not (name in first.layers)) for name in found}
+
+    found = longer.fit_longer([first, second], Fit("paper-trained", 16, training_steps=20), torch.device("cpu"), errors)
+    assert {steps for steps, _ in seen.values()} == {40} and len(seen) == 2 * len(found)
+    for name, tensors in found.items():
+        assert tensors["comp_up"] is seen[name, 1e-3 if name in first.layers else 1e-2][1]
+
+
+def test_a_longer_training_is_a_row(bench: QualityBench, measured: dict[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "settings", replace(SETTINGS, training_steps=20))
+    row = bench.measure(Row("paper_trained_longer", Fit("paper-trained", 16), longer=True))
+    assert row["velocity_rel_err"][0] > 0
+    assert len(row["layer_rel_err"]) == 17 and all(error > 0 for error in row["layer_rel_err"].values())
 
 
 def test_what_says_most_is_measured_first() -> None:

@@ -118,3 +118,23 @@ def test_branches_of_their_own_are_fused_side_by_side_or_not_at_all(caplog: pyte
             assert relative_error(output(model, inputs), want) < 1e-5
         else:
             assert "rank 144" in caplog.text
+
+
+@pytest.mark.parametrize("leaves", ["leaf_level", "block_level"])
+def test_layers_that_are_moved_ahead_share_nothing(leaves: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    offloaded = []
+    monkeypatch.setattr("diffusers.hooks.apply_group_offloading", lambda module, **given: offloaded.append(given["use_stream"]))
+    model, inputs = build(TINY["flux"])
+    want = output(model, inputs)
+    to_q, to_k = model.transformer_blocks[0].attn.to_q, model.transformer_blocks[0].attn.to_k
+    for use_stream in (False, True):
+        assert to_q.comp_down is to_k.comp_down and to_q.sharing == 3
+        with caplog.at_level("WARNING", "rtlynx"):
+            model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), leaves, num_blocks_per_group=1, use_stream=use_stream)
+    assert offloaded == [False, True]
+    moved_ahead = leaves == "leaf_level"
+    assert (to_q.comp_down is not to_k.comp_down) is moved_ahead
+    assert (to_q.input_group is None) is moved_ahead
+    assert ("select for themselves from now on" in caplog.text) is moved_ahead
+    assert len({id(layer.comp_down) for layer in layers(model)}) == len(layers(model)) or not moved_ahead
+    assert torch.equal(output(model, inputs), want)

@@ -48,7 +48,7 @@ class Fit:
         share: Whether layers that select from one input together get one branch, so that they still can.
         norm_compensation: Whether kept channels are rescaled to the token's norm.
         seed: For methods that draw random numbers.
-        training_steps: For methods that train.
+        training_steps, learning_rate: For methods that train.
         ranks: Pairs of a glob and the rank of the layers it names, instead of `rank`.
 
     Raises:
@@ -63,6 +63,7 @@ class Fit:
     norm_compensation: bool = True
     seed: int = 0
     training_steps: int = 2000
+    learning_rate: float = 5e-3
     ranks: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -154,7 +155,7 @@ def _fit_stack(stack: dict[str, _Scaled], moments: Moments, fit: Fit, ridge: flo
     sizes = [len(part.weight) for part in stack.values()]
     rank = min(wanted, moments.x.shape[1], sum(sizes))  # more has nothing to do
     weight = selection.gather(torch.cat([part.weight for part in stack.values()]))
-    problem = Problem(moments, weight, rank, ridge, fit.seed, fit.training_steps)
+    problem = Problem(moments, weight, rank, ridge, fit.seed, fit.training_steps, fit.learning_rate)
     solution = rule.solve(problem)
     bias = None
     if fit.bias or selection.shift is not None:

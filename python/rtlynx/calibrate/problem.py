@@ -31,7 +31,7 @@ class Problem:
         rank: Of the branch; 0 for none.
         ridge: Relative to the mean diagonal of whatever second moment is inverted.
         seed: For methods that draw random numbers.
-        training_steps: For methods that train.
+        training_steps, learning_rate: For methods that train.
     """
 
     moments: Moments
@@ -40,6 +40,7 @@ class Problem:
     ridge: float
     seed: int = 0
     training_steps: int = 2000
+    learning_rate: float = 5e-3
 
     @cached_property
     def wt(self) -> Tensor:

@@ -37,6 +37,7 @@ class Row:
         score: What selection compares, as in `SparsityConfig`.
         search: Layers and ranks as `rtlynx.search` finds them at what the paper's hand-picked layers cost, counted so; the fit's rank is
             the largest to choose from.
+        longer: Whether the branch is trained with more of everything than the bench's settings say (`rtlynx.bench.quality.longer`).
         recipe: Configuration of `rtlynx.search`, instead of sparse layers that are all alike; the fit's ranks are the recipe's.
     """
 
@@ -52,6 +53,7 @@ class Row:
     precision: Precision = "model"
     score: Selection = "magnitude"
     search: Cost | None = None
+    longer: bool = False
     recipe: SparsityConfig | None = None
 
     @property
@@ -110,6 +112,8 @@ def _stage(row: Row, rank: int) -> int:
         return 5  # the other selections
     if row.method in ("paper", "split", "joint") and selection in ("magnitude", "shift"):
         return 6  # ranks
+    if row.longer:
+        return 4
     if row.method == "paper_trained":
         return 9  # the slowest rows
     if ((row.dense_first or row.dense_last) and selection == "shift") or row.score == "weight":
@@ -148,6 +152,7 @@ def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield Row(f"norm_bias{GROUPS}", Fit("plain", 0, bias=GROUPS))
     for each in dict.fromkeys((rank, 2 * rank)):
         yield Row("paper_trained", Fit("paper-trained", each))
+    yield Row("paper_trained_longer", Fit("paper-trained", rank), longer=True)
     for each in dict.fromkeys((rank, *ranks)):
         yield Row("paper", Fit("paper", each))
         yield Row("split", Fit("split", each))

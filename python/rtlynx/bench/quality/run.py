@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import rtlynx
+from rtlynx.bench.quality import longer
 from rtlynx.bench.quality.judge import Judge, Verdict
 from rtlynx.bench.quality.layer_time import layers_ms
 from rtlynx.bench.quality.pruning import pruned_weights
@@ -84,6 +85,7 @@ class QualityBench:
         self.inputs = self._gather(calibration, 4, 0)
         self.held_out = self._gather(held_out, _HELD_OUT_TOKENS_PER_CHANNEL, 1_000_003)
         self._held_out_prompts = held_out
+        self._many_prompts = captions.caption(random_scenes(longer.PROMPTS * settings.calibration_prompts, generator))
         self._searchers: dict[str, Searcher] = {}  # by the precision of the products
         self._found: Found | None = None
         self._cache: Cache = {}
@@ -168,15 +170,26 @@ class QualityBench:
     def _fit(self, row: Row) -> None:
         assert row.fit is not None
         fit = replace(row.fit, training_steps=self.settings.training_steps)
-        if (fit, row.score) not in self._fitted:
+        if row.longer or (fit, row.score) not in self._fitted:
             key = (row.score, fit.selection, fit.norm_compensation, fit.bias)
             if key != self._cached:
                 self._cache, self._cached = {}, key
             device = next(iter(self.layers.values())).weight.device
+            if row.longer:
+                inputs = self._inputs(self._many_prompts, longer.TOKENS_PER_CHANNEL, 3_000_003)
+                self._compensate(longer.fit_longer(inputs, fit, device, self._errors_with))
+                return
             found = (part for input in self.inputs for part in fit_input(input, fit, device, self._cache))
             self._fitted[fit, row.score] = dict(found)  # rows that differ in what else is done share it
-        for name, tensors in self._fitted[fit, row.score].items():
+        self._compensate(self._fitted[fit, row.score])
+
+    def _compensate(self, found: Mapping[str, Tensors]) -> None:
+        for name, tensors in found.items():
             self.layers[name].set_compensation(**tensors)
+
+    def _errors_with(self, found: Mapping[str, Tensors]) -> dict[str, float]:
+        self._compensate(found)
+        return self._layer_errors()
 
     def _search(self, row: Row) -> Found:
         assert row.fit is not None and row.search is not None
@@ -272,12 +285,15 @@ class QualityBench:
         return lambda chosen: float(gained[chosen].sum() / verdict.asked[chosen].sum())
 
     def _gather(self, prompts: list[str], tokens_per_channel: float, seed: int) -> list[LayerInput]:
+        return list(self._inputs(prompts, tokens_per_channel, seed))
+
+    def _inputs(self, prompts: list[str], tokens_per_channel: float, seed: int) -> Iterator[LayerInput]:
         settings, device = self.settings, next(iter(self.layers.values())).weight.device
         options = {"num_inference_steps": settings.calibration_steps}
         runs = pipeline_runs("bench quality", self.pipe, prompts, None, settings.seed + seed, 8, options)
         budget = Budget(tokens_per_channel, available_memory(device), device)
         with all_dense(self.layers), tqdm(total=len(runs), desc="dense runs", unit="run", disable=not self.progress, leave=False) as bar:
-            return list(collect(self.layers, runs, budget, seed=settings.seed + seed, bar=bar, timed=[self.pipe.transformer]))
+            yield from collect(self.layers, runs, budget, seed=settings.seed + seed, bar=bar, timed=[self.pipe.transformer])
 
 
 def _replicates(values: list[float]) -> list[float]:

@@ -16,7 +16,6 @@ from rtlynx.calibrate.problem import Problem, Solution
 from rtlynx.config import Branch as BranchInput
 
 BATCH = 1024
-LEARNING_RATE = 5e-3
 _TINY = 1e-12
 
 
@@ -28,7 +27,7 @@ class _PaperTrained:
 
     def solve(self, problem: Problem) -> Solution:
         with torch.no_grad():
-            return Solution(_train(*_regression(problem), problem.rank, problem.training_steps, problem.seed))
+            return Solution(_train(*_regression(problem), problem))
 
 
 def _regression(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -38,12 +37,13 @@ def _regression(problem: Problem) -> tuple[Tensor, Tensor]:
     return torch.cat([z for z, _ in parts]), torch.cat([target for _, target in parts])
 
 
-def _train(z: Tensor, target: Tensor, rank: int, steps: int, seed: int) -> Branch:
-    generator = torch.Generator().manual_seed(seed)
+def _train(z: Tensor, target: Tensor, problem: Problem) -> Branch:
+    rank, steps, rate = problem.rank, problem.training_steps, problem.learning_rate
+    generator = torch.Generator().manual_seed(problem.seed)
     z_size, target_size = (t.square().mean().sqrt().clamp_min(_TINY) for t in (z, target))
     down = (torch.randn(z.shape[1], rank, generator=generator) / math.sqrt(z.shape[1])).to(z.device)
     up = torch.zeros(target.shape[1], rank, device=z.device)
-    optimiser = torch.optim.AdamW([down, up], lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
+    optimiser = torch.optim.AdamW([down, up], lr=rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
     order = torch.empty(0, dtype=torch.int64)
     batch = min(BATCH, len(z))
     for step in range(steps):
@@ -55,7 +55,7 @@ def _train(z: Tensor, target: Tensor, rank: int, steps: int, seed: int) -> Branc
         error = (hidden @ up.T - y) / batch
         # The two gradients by hand: autograd would spend most of such a small step on bookkeeping.
         up.grad, down.grad = error.T @ hidden, x.T @ (error @ up)
-        optimiser.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimiser.step()
     return Branch((down / z_size).double(), (up * target_size).double())
 
