@@ -27,6 +27,7 @@ from rtlynx.search.effects import Effects
 from rtlynx.search.knapsack import exchanges, solve
 from rtlynx.search.options import Unit, chosen
 from rtlynx.search.times import WORK, option_times
+from tiny_models import TINY
 from tiny_pipeline import PROMPTS, tiny_pipeline
 
 pytest.importorskip("scipy", reason="the knapsack is SciPy's")
@@ -186,6 +187,13 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path, table: Path) -> None
     ):
         with pytest.raises(InvalidArgumentError, match=piece):
             rtlynx.search(pipe, **{"prompts": PROMPTS, "progress": False, "ranks": (16,), "num_inference_steps": 1, **arguments})  # type: ignore[arg-type]
+    two, other = tiny_pipeline(), TINY["qwen_image"].build("cpu", torch.float32)
+    two.transformer_2 = tiny_pipeline().transformer
+    with pytest.raises(InvalidArgumentError, match="a pipeline with two transformers, expected one transformer at a time"):
+        rtlynx.search(two, PROMPTS, budget=0.9, progress=False)
+    with pytest.raises(InvalidArgumentError, match="the qwen-image recipe has no list of layers, expected a share"):
+        rtlynx.search(other, run=lambda: None, budget="paper")
+    assert not sparse_layers(two.transformer_2) and not sparse_layers(other)  # before anything was touched
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(InvalidArgumentError, match="rtlynx-recipe"):
         rtlynx.apply(pipe, tmp_path / "other.json")

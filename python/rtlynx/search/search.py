@@ -20,7 +20,7 @@ from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
 from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
-from rtlynx.eligibility import sparse_layers, target_module
+from rtlynx.eligibility import sparse_layers, target_module, target_modules
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.evaluate.trajectory import Trajectory
 from rtlynx.patterns import first_match
@@ -102,10 +102,10 @@ def search(
     `rtlynx.search`), the best choice within the budget is found as a knapsack, measured on the held-out calls, and improved by exchanges.
 
     Args:
-        pipe_or_module: A pipeline, or a module with ``run``. Of two transformers give one at a time.
+        pipe_or_module: A pipeline, or a module with ``run``. Of two transformers (Wan 2.2) give one at a time, with ``run``.
         prompts: Typical ones, 16 or more; options are fitted on three quarters of them and judged on the others.
         budget: Time of the layers in one step, as a share of the dense layers' (0.85), or ``"paper"``: what it takes with the layers that
-            the paper picked by hand left dense and the largest rank for the others.
+            the paper picked by hand left dense and the largest rank for the others; of models that it has no list for, refused.
         run: For a bare module: runs the model on calibration inputs, the same every time.
         held_out: Likewise, on other inputs to judge by; default: ``run``.
         config: Which layers to choose from, and how they select; default: what was applied, else `SparsityConfig()`.
@@ -129,11 +129,17 @@ def search(
         ImportError: SciPy is not installed (``pip install "rtlynx[search]"``).
     """
     root = target_module(pipe_or_module, "search")
+    if len(target_modules(pipe_or_module, "search")) > 1:
+        raise InvalidArgumentError("search", "pipe_or_module", "a pipeline with two transformers", "one transformer at a time, with run=")
     refuse_compact("search", sparse_layers(root), "layers that have their weights: search before rtlynx.compact")
     options: list[Option] = [None, *sorted(set(ranks))]
     config = replace(config or applied_config(root) or SparsityConfig(), rank=max(ranks, default=0), ranks=())
     fit = Fit(method, config.rank, tuple(selection), norm_compensation=config.norm_compensation, seed=seed)
     _check(fit, budget, options, probes, calls)
+    recipe = find_recipe(root)
+    if budget == "paper" and not recipe.paper_skip:
+        got = f"'paper', of which the {recipe.name} recipe has no list of layers"
+        raise InvalidArgumentError("search", "budget", got, "a share of the dense time, up to 1")
     fit_runs, judge_runs = _runs(pipe_or_module, prompts, run, held_out, seed, batch_size, pipe_kwargs)
 
     config = replace(config, branch=fit.rule.branch)
