@@ -30,7 +30,7 @@ def parse(description: str, model: str, *, steps: int, out: str) -> argparse.Nam
     parser.add_argument("--fp8", action="store_true", help="multiply in 8 bits, on an H100 or H200")
     parser.add_argument("--compact", action="store_true", help="with --fp8: keep only the 8-bit weights")
     parser.add_argument("--skip", nargs="*", default=[], metavar="PATTERN", help="layers to leave dense, e.g. '**.to_out.0'")
-    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks, or all of the transformer")
     parser.add_argument("--offload", action="store_true", help="keep in GPU memory only the part of the pipeline that runs")
     options = parser.parse_args()
     if options.compact and not options.fp8:
@@ -58,10 +58,19 @@ def prepare(pipe: Any, options: argparse.Namespace, **calibration: Any) -> Any:
         rtlynx.compact(pipe)
     if options.compile:
         for name in ("transformer", "transformer_2"):
-            if getattr(pipe, name, None) is not None:
-                getattr(pipe, name).compile_repeated_blocks(fullgraph=True)
+            model = getattr(pipe, name, None)
+            if model is not None:
+                _compile(model)
     print(rtlynx.summary(pipe))
     return pipe
+
+
+def _compile(model: Any) -> None:
+    """The repeated blocks, which is quicker to compile; all of the model where diffusers does not say which they are (SD3, PixArt)."""
+    if model._repeated_blocks:
+        model.compile_repeated_blocks(fullgraph=True)
+    else:
+        model.compile()
 
 
 def sample(pipe: Any, options: argparse.Namespace, **arguments: Any) -> Any:

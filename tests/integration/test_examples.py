@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from PIL import Image
@@ -31,6 +33,13 @@ class Standin:
         self.inputs = tiny.inputs("cpu", torch.float32)
         self.accepts = inspect.signature(real.__call__)
         self.calls: list[dict[str, Any]] = []
+        self.offloaded: list[torch.nn.Module] = []
+
+    def enable_model_cpu_offload(self) -> None:
+        """What diffusers does, from the CPU to the CPU."""
+        for model in filter(None, (self.transformer, self.transformer_2)):
+            accelerate.cpu_offload_with_hook(model, "cpu")
+            self.offloaded.append(model)
 
     def __call__(self, **arguments: Any) -> Any:
         self.accepts.bind(self, **arguments)
@@ -90,6 +99,25 @@ def test_calibrates_once_and_loads_the_next_time(name: str, monkeypatch: pytest.
     for pipe in (first, second):
         for model in filter(None, (pipe.transformer, pipe.transformer_2)):
             assert all(m.rank == 64 for m in model.modules() if isinstance(m, SparseLinear))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart"])  # of the other two diffusers does not say which blocks are repeated
+def test_compiles(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # inductor would take long
+    torch._dynamo.reset()
+    pipe = run(name, monkeypatch, "--compile", "--out", str(tmp_path / "out.png"))
+    assert len(pipe.calls) == 2  # the first compiles, the second is timed
+    compiled = [key for key, m in pipe.transformer.named_modules() if m._compiled_call_impl is not None]
+    blocks = [key for key, _ in pipe.transformer.named_modules() if key.count(".") == 1 and "transformer_blocks." in key]
+    assert compiled == (blocks if pipe.transformer._repeated_blocks else [""])
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_offloads_after_the_model_is_sparse(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pipe = run(name, monkeypatch, "--offload", "--out", str(tmp_path / "out.png"))
+    assert pipe.offloaded == list(filter(None, (pipe.transformer, pipe.transformer_2))) and len(pipe.calls) == 1
+    for model in pipe.offloaded:  # not where a hook has wrapped the layers first
+        assert sum(isinstance(m, SparseLinear) for m in model.modules()) == MODELS[name].sparse_layers
 
 
 def test_dense_is_dense(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
