@@ -1,12 +1,19 @@
-"""A FLUX pipeline of diffusers with a small random transformer and autoencoder; prompts are embeddings, so it has no text encoders."""
+"""Pipelines of diffusers with small random transformers and autoencoders; prompts are embeddings, so they have no text encoders."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from torch import Tensor
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
+    FluxPipeline,
+    QwenImagePipeline,
+)
+from torch import Tensor, nn
 
 from tiny_models import TINY
 
@@ -45,6 +52,27 @@ def sample(pipe: Any, batch: int = 1, text: int = 11, **kwargs: Any) -> Tensor:
     defaults = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(7)}
     images: Tensor = pipe(**{**prompt, **defaults, **kwargs}).images
     return images
+
+
+def flux_controlnet() -> Any:
+    """A ControlNet for it that has something to say; a new one's answer is zero."""
+    config = TINY["flux"].build("meta", torch.float32).config
+    keys = ("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads", "joint_attention_dim")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' own
+        torch.manual_seed(0)
+        controlnet = FluxControlNetModel(**{key: config[key] for key in (*keys, "pooled_projection_dim", "axes_dims_rope")}).eval()
+        for block in (*controlnet.controlnet_blocks, *controlnet.controlnet_single_blocks):
+            nn.init.normal_(block.weight, std=0.05)
+    return controlnet
+
+
+def qwen_image_pipeline() -> Any:
+    """Without an autoencoder: it gives latents. Pictures of 128×128 pixels are 64 tokens."""
+    transformer = TINY["qwen_image"].build("cpu", torch.float32)
+    pipe = QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def flux_lora(seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]:

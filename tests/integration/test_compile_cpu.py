@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 import rtlynx
 from rtlynx import SparseLinear, SparsityConfig
+from sparse_models import MODELS, sparse
 from tiny_models import TINY, output
 
 
@@ -49,12 +53,41 @@ def test_gradients_through_compiled_layers() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_repeated_blocks_of_a_diffusers_model() -> None:
-    tiny = TINY["flux"]
-    model, inputs = rtlynx.apply(tiny.build("cpu", torch.float32)), tiny.inputs("cpu", torch.float32)
+def sizes(family: str) -> list[dict[str, Any]]:
+    """Inputs with three numbers of tokens, of the text too except in Wan, whose text is always as long."""
+    make = MODELS[family].inputs
+    side = inspect.signature(make).parameters["side"].default
+    texts = [{}] * 3 if family == "wan" else [{"text": text} for text in (19, 7, 70)]
+    step = 8 if family == "z_image" else 2  # which pads to multiples of 32 tokens
+    sides = (side, side - step, side + step)
+    return [make("cpu", torch.float32, side=side, **text) for side, text in zip(sides, texts, strict=True)]  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("family", sorted(set(MODELS) - {"sd3", "pixart"}))  # of which diffusers names no repeated blocks
+def test_repeated_blocks_serve_every_size(family: str) -> None:
+    model = sparse(family)
+    want = [output(model, inputs) for inputs in sizes(family)]
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    for i, inputs in enumerate(sizes(family)):  # the second size makes sizes symbolic
+        with torch.compiler.set_stance("default" if i < 2 else "fail_on_recompile"):
+            torch.testing.assert_close(output(model, inputs), want[i], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_whole_model_is_one_graph(family: str) -> None:
+    model, inputs = sparse(family), TINY[family].inputs("cpu", torch.float32)
     want = output(model, inputs)
-    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")  # type: ignore[operator]
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
+    got = output(torch.compile(model, backend="aot_eager"), inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+
+
+def test_an_attention_backend_chosen_after_compiling() -> None:
+    model, inputs = sparse("flux"), TINY["flux"].inputs("cpu", torch.float32)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    want = output(model, inputs)
+    model.set_attention_backend("_native_math")
+    torch.testing.assert_close(output(model, inputs), want, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

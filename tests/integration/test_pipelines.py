@@ -1,4 +1,4 @@
-"""A whole pipeline of diffusers with a sparse transformer: LoRA files, image to image, inpainting, batches."""
+"""A whole pipeline of diffusers with a sparse transformer: LoRA files, guidance, ControlNet, image to image, inpainting, batches."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline
+from diffusers import FluxControlNetPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline
+from torch import Tensor
 
 import rtlynx
 from rtlynx import SparseLinear, SparsityConfig
+from rtlynx.eligibility import sparse_layers
+from rtlynx.evaluate.trajectory import Trajectory
 from tiny_models import TINY, relative_error
-from tiny_pipelines import flux_lora, flux_pipeline, sample
+from tiny_pipelines import flux_controlnet, flux_lora, flux_pipeline, qwen_image_pipeline, sample
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,63 @@ def test_a_batch_and_several_images_for_a_prompt() -> None:
     pipe = sparse()
     assert sample(pipe, batch=2).shape == (2, 3, 32, 32)
     assert sample(pipe, num_images_per_prompt=3).shape == (3, 3, 32, 32)
+
+
+def guided(pipe: Any, scale: float) -> Tensor:
+    """Latents of a prompt against another, in two forwards a step where the scale is above 1."""
+    rng = torch.Generator().manual_seed(4)
+    prompts = {name: torch.randn(1, 11, 64, generator=rng) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    settings = {"true_cfg_scale": scale, "output_type": "latent", "generator": torch.Generator().manual_seed(7)}
+    if type(pipe).__name__ == "FluxPipeline":
+        pooled = {f"{name}pooled_prompt_embeds": torch.randn(1, 32, generator=rng) for name in ("", "negative_")}
+        return sample(pipe, **prompts, **pooled, **settings)
+    masks = {f"{name}_mask": torch.ones(value.shape[:2], dtype=torch.long) for name, value in prompts.items()}
+    latents: Tensor = pipe(**prompts, **masks, **settings, height=128, width=128, num_inference_steps=3).images
+    return latents
+
+
+@pytest.mark.parametrize("make", [flux_pipeline, qwen_image_pipeline])
+def test_guidance_in_two_forwards(make: Any) -> None:
+    dense = guided(make(), 4.0)
+    pipe = rtlynx.apply(make(), SparsityConfig(rank=16))
+    rtlynx.calibrate(pipe, run=lambda: guided(pipe, 4.0), progress=False)
+    alone, seen = guided(pipe, 1.0), Trajectory()
+    with seen.recording(pipe.transformer):
+        got = guided(pipe, 4.0)
+    assert relative_error(got, alone) > 1e-3 and 1e-4 < relative_error(got, dense) < 0.5
+    # Each of the forwards is what it is without the others before it: nothing of one prompt is selected for the other.
+    assert len(seen.calls) == 2 * 3
+    for _, inputs, want in reversed(seen.calls):
+        with torch.no_grad():
+            assert torch.equal(pipe.transformer(**inputs)[0], want)
+    for layer in sparse_layers(pipe.transformer).values():
+        layer.dense = True
+    torch.testing.assert_close(guided(pipe, 4.0), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_a_controlnet_pipeline() -> None:
+    pipe = flux_pipeline()
+    parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
+    with_control = FluxControlNetPipeline(**parts, controlnet=flux_controlnet())
+    with_control.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+
+    def draw(scale: float = 1.0) -> Tensor:
+        return sample(with_control, control_image=image, controlnet_conditioning_scale=scale)
+
+    dense = draw()
+    assert relative_error(draw(0.0), dense) > 1e-3
+    rtlynx.apply(with_control)
+    transformer = draw()
+    assert not sparse_layers(with_control.controlnet)
+    rtlynx.apply(with_control.controlnet)
+    both = draw()
+    assert transformer.isfinite().all() and both.isfinite().all()
+    assert not torch.equal(transformer, dense) and not torch.equal(both, transformer)
+    rtlynx.remove(with_control.controlnet)
+    assert torch.equal(draw(), transformer)
+    rtlynx.remove(with_control)
+    assert torch.equal(draw(), dense)
 
 
 def test_lora_files_come_and_go() -> None:

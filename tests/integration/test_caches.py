@@ -1,0 +1,77 @@
+"""diffusers' caches, which reuse from step to step what changes little: on a sparse model they skip what they skip on a dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import hooks
+from torch import Tensor, nn
+
+from rtlynx.eligibility import sparse_layers
+from sparse_models import MODELS, sparse
+from tiny_models import output, relative_error
+
+STEPS = 4
+NOW = [900]
+"""The timestep, which some caches ask for; they do nothing early on."""
+CACHES: dict[str, Callable[[], Any]] = {
+    "FirstBlockCache": lambda: hooks.FirstBlockCacheConfig(threshold=0.5),
+    "MagCache": lambda: hooks.MagCacheConfig(threshold=0.5, num_inference_steps=STEPS, mag_ratios=[1.0] * STEPS),
+    "TaylorSeer": lambda: hooks.TaylorSeerCacheConfig(2, 1, taylor_factors_dtype=torch.float32),
+    "TaylorSeer lite": lambda: hooks.TaylorSeerCacheConfig(2, 1, taylor_factors_dtype=torch.float32, use_lite_mode=True),
+    "PyramidAttentionBroadcast": lambda: hooks.PyramidAttentionBroadcastConfig(2, current_timestep_callback=lambda: NOW[0]),
+    "FasterCache": lambda: hooks.FasterCacheConfig(
+        is_guidance_distilled=True, attention_weight_callback=lambda _: 0.5, current_timestep_callback=lambda: NOW[0]
+    ),
+    "SeaCache": lambda: hooks.SeaCacheConfig(threshold=0.5),
+}
+FAMILIES = ("flux", "qwen_image", "flux2", "wan", "hunyuan_video", "ltx")
+"""The classes of the others have no `enable_cache` in diffusers."""
+LEFT_OUT = {
+    ("flux2", "FirstBlockCache"),  # fails in diffusers' dense model
+    *(("wan", "TaylorSeer"), ("ltx", "TaylorSeer")),  # looks for names that attention has not there, so it does nothing
+    *((family, "SeaCache") for family in FAMILIES if family != "wan"),  # does nothing: of these it knows Wan alone
+}
+CASES = [(family, cache) for family in FAMILIES for cache in CACHES if (family, cache) not in LEFT_OUT]
+
+
+def steps(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], int]:
+    """What every step predicts for what changes a little from step to step, and how many linear layers ran in all."""
+    outputs, ran = [], 0
+
+    def count(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    handles = [m.register_forward_pre_hook(count) for m in model.modules() if isinstance(m, nn.Linear)]
+    for i in range(STEPS):
+        NOW[0] = 900 if i == 0 else 500
+        with model.cache_context("cond", step_index=i, sigma=1 - i / STEPS, num_inference_steps=STEPS):
+            outputs.append(output(model, {**inputs, "hidden_states": (1 - 0.01 * i) * inputs["hidden_states"]}))
+    for handle in handles:
+        handle.remove()
+    return outputs, ran
+
+
+@pytest.mark.parametrize(("family", "cache"), CASES)
+def test_caches_skip_what_they_skip_in_the_dense_model(family: str, cache: str) -> None:
+    inputs = MODELS[family].inputs("cpu", torch.float32)
+    dense, model = MODELS[family].build("cpu", torch.float32), sparse(family)
+    without, ran_without = steps(model, inputs)
+    for each in (dense, model):
+        each.enable_cache(CACHES[cache]())
+    want, ran = steps(dense, inputs)
+    got, ran_sparse = steps(model, inputs)
+    assert ran_sparse == ran < ran_without
+    assert torch.equal(got[0], without[0])  # nothing to reuse yet
+    assert any(not torch.equal(a, b) for a, b in zip(got, without, strict=True))
+    assert all(relative_error(a, b) < 0.5 for a, b in zip(got, want, strict=True))
+    model.disable_cache()
+    assert all(torch.equal(a, b) for a, b in zip(steps(model, inputs)[0], without, strict=True))
+    for layer in sparse_layers(model).values():
+        layer.dense = True
+    model.enable_cache(CACHES[cache]())
+    torch.testing.assert_close(steps(model, inputs)[0], want, rtol=1e-4, atol=1e-4)
