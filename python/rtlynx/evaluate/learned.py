@@ -1,4 +1,8 @@
-"""Metrics that need downloaded weights, through torchmetrics: used where the user has them, said to be missing where not."""
+"""Metrics that need downloaded weights, through torchmetrics and transformers: used where the user has them, said to be missing where not.
+
+ImageReward is not among them: its package, last released in 2023, does not import beside transformers 5. Put into `LEARNED`, it is a metric
+like the others, and so is any function of one's own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger("rtlynx")
+
+CLIP = "openai/clip-vit-base-patch16"
+"""Which CLIP: a name on the Hub, or a folder."""
 
 
 def _lpips(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
@@ -21,12 +28,18 @@ def _lpips(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float
 
 
 def _clip(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
-    from torchmetrics.multimodal import CLIPScore
+    """CLIP score: 100 times the mean cosine. Not torchmetrics': with transformers 5 that ends with an error."""
+    from transformers import CLIPModel, CLIPProcessor
 
-    metric = CLIPScore("openai/clip-vit-base-patch16")
-    for start in range(0, len(prompts), 16):
-        metric.update([(picture * 255).byte() for picture in pictures[start : start + 16]], list(prompts[start : start + 16]))
-    return float(metric.compute())
+    model, processor = CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
+    texts = [prompt for prompt in prompts for _ in range(len(pictures) // len(prompts))]  # a video has several pictures
+    cosines = []
+    for start in range(0, len(texts), 16):
+        images = list((pictures[start : start + 16] * 255).round().byte())
+        inputs = processor(text=texts[start : start + 16], images=images, return_tensors="pt", padding=True, truncation=True)
+        found = model(**inputs)
+        cosines.append((found.image_embeds * found.text_embeds).sum(-1))  # of length 1 each
+    return max(0.0, 100 * float(torch.cat(cosines).mean()))
 
 
 def _fid(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
