@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from rtlynx import SparseLinear, SparsityConfig
 from rtlynx.calibrate.collect import LayerInput
 from rtlynx.calibrate.factor import Factor, low_rank
-from rtlynx.calibrate.fit import Fit, fit_input
+from rtlynx.calibrate.fit import FEW_TOKENS_RIDGE, RIDGE, Fit, fit_input
 from rtlynx.calibrate.methods import METHODS
-from rtlynx.calibrate.moments import Moments
+from rtlynx.calibrate.moments import Moments, Piece
 from rtlynx.calibrate.problem import Problem, Solution
 from rtlynx.calibrate.samples import Samples
 from rtlynx.calibrate.selection import Selection
@@ -256,6 +256,23 @@ def test_a_branch_is_as_wide_as_the_kernels_want_it_and_no_more_than_it_can_use(
     used = min(rank, K, outputs)
     assert tensors["comp_down"][:, :used].any(0).all() and not tensors["comp_down"][:, used:].any()
     made["layer"].set_compensation(**tensors)
+
+
+@pytest.mark.parametrize("method", ["split", "paper", "refit", "joint"])
+@pytest.mark.parametrize(("tokens", "ridge"), [(40, FEW_TOKENS_RIDGE), (2 * K - 1, FEW_TOKENS_RIDGE), (2 * K, RIDGE), (4000, RIDGE)])
+def test_few_tokens_get_the_larger_ridge(tokens: int, ridge: float, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    factor, used = Moments.factor, set()
+
+    def watched(self: Moments, piece: Piece, ridge: float) -> Factor:
+        used.add(ridge)
+        return factor(self, piece, ridge)
+
+    monkeypatch.setattr(Moments, "factor", watched)
+    x = activations(tokens)
+    input = LayerInput(layers(), Samples(x, torch.zeros(tokens, dtype=torch.int32)), tokens)
+    ((_, tensors),) = fit_input(input, Fit(method, 16), CPU)
+    assert used == {ridge} and FEW_TOKENS_RIDGE > RIDGE
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 # ---- linear algebra ---------------------------------------------------------------------------------------------------------------------
