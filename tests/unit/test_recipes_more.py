@@ -16,6 +16,7 @@ from full_size_models import CASES, Case
 from rtlynx import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import GENERIC, find_recipe
+from rtlynx.reference import K_MULTIPLE, N_MULTIPLE
 from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
 
 
@@ -61,6 +62,8 @@ def test_round_trip(tiny: Tiny, dtype: torch.dtype) -> None:
     rtlynx.apply(model)
     assert sum(row.sparse for row in rtlynx.summary(model)) == tiny.sparse_layers
     assert list(model.state_dict()) == keys
+    # What the kernels ask of a layer: these models are run on GPUs too.
+    assert all(m.in_features % K_MULTIPLE == m.out_features % N_MULTIPLE == 0 for m in model.modules() if isinstance(m, SparseLinear))
     got = output(model, inputs)
     assert got.dtype == dtype and got.isfinite().all()
     assert 1e-3 < relative_error(got, want) < 0.5
