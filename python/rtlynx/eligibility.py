@@ -11,6 +11,7 @@ from torch import nn
 from rtlynx.config import Precision, SparsityConfig
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import missing_kernels
+from rtlynx.launch import why_no_kernels
 from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import Recipe, find_recipe
@@ -146,7 +147,7 @@ def unsupported(layer: nn.Linear, precision: Precision) -> str | None:
         return f"no implementation for {str(dtype).removeprefix('torch.')} on {device}"
     if not weight.is_contiguous():
         return "its weight is not contiguous"
-    return missing_kernels(weight.device) if precision == "fp8" else None
+    return why_no_kernels(weight.device) or (missing_kernels(weight.device) if precision == "fp8" else None)
 
 
 def _why_not_included(name: str, recipe: Recipe, config: SparsityConfig) -> str:

@@ -15,6 +15,9 @@ EXAMPLE = {"m": 4096, "n": 3072, "k": 3072, "rank": 64}
 """The layer whose kernel is named per GPU: FLUX.1's attention width and 4096 image tokens."""
 
 
+_DRIVERS = "nvidia.com/drivers"
+
+
 @dataclass(frozen=True)
 class Gpu:
     """One GPU as the driver reports it, and what runs there: a kernel's name, or why none does."""
@@ -69,7 +72,10 @@ def collect() -> Environment:
         try:
             gpus = tuple(_gpu(core, torch, device) for device in core.devices())
         except RTLynxError as error:
-            missing.append(Missing("working driver", str(error), "nvidia.com/drivers"))
+            missing.append(Missing("working driver", str(error), _DRIVERS))
+        if _too_old(driver, built):
+            consequence = "no GPU can be used: it supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
+            missing.append(Missing("new enough driver", consequence, _DRIVERS))
         if not targets:
             missing.append(Missing("device code", "this build has no GPU kernels", "rebuild with nvcc: pip install --force-reinstall ."))
         if driver is None:
@@ -97,8 +103,11 @@ def collect() -> Environment:
 
 def _gpu(core: ModuleType, torch: ModuleType | None, device: dict[str, Any]) -> Gpu:
     kernel, reason = None, ""
-    if not core.device_code()["targets"]:
+    built, driver = core.device_code(), core.driver_version()
+    if not built["targets"]:
         reason = "this build has no device code"
+    elif _too_old(driver, built):
+        reason = "its driver supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
     elif torch is None or device["index"] >= torch.cuda.device_count():
         reason = "torch does not see this GPU"
     else:
@@ -107,6 +116,11 @@ def _gpu(core: ModuleType, torch: ModuleType | None, device: dict[str, Any]) -> 
         except RTLynxError as error:
             reason = str(error)
     return Gpu(**device, kernel=kernel, reason=reason)
+
+
+def _too_old(driver: tuple[int, int] | None, built: dict[str, Any]) -> bool:
+    """Whether the driver cannot load the device code."""
+    return driver is not None and built["min_driver"] is not None and driver < built["min_driver"]
 
 
 def _import(name: str) -> tuple[Any, str]:

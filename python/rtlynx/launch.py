@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rtlynx import plans
 from rtlynx.checks import readable
-from rtlynx.errors import DeviceError
+from rtlynx.errors import DeviceError, RTLynxError
 from rtlynx.fp8 import kernel_dtype
 
 
@@ -175,3 +175,26 @@ def core() -> ModuleType:
         raise DeviceError(f"rtlynx._core is not built ({error}); install the package with `pip install .`") from error
     plans.use_saved(extension)
     return extension
+
+
+@functools.cache
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why no kernel can run on a GPU, or None if some can. What is not a GPU needs none."""
+    if device.type != "cuda":
+        return None
+    try:
+        extension = core()
+        gpus = extension.devices()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        extension.plan_sparse_linear(gpus[index]["capability"], gpus[index]["sms"], **_ANY_LAYER)
+    except RTLynxError as error:
+        return str(error)
+    built, driver = extension.device_code(), extension.driver_version()
+    if not built["targets"]:
+        return "this build of rtlynx has no device code"
+    if driver < built["min_driver"]:
+        return "the driver supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
+    return None
+
+
+_ANY_LAYER = {"m": 4096, "n": 3072, "k": 3072, "rank": 0, "dtype": "bfloat16"}

@@ -291,10 +291,23 @@ class SparseLinear(LayerState):
         residual_gate: Tensor | None = None,
     ) -> Tensor:
         """`forward_activated` for who has asked `in_selection`."""
+        self.check_input("SparseLinear.forward_activated", "x", x, 0 if head is None else head.shape[-1])
         _, places, *arguments = self.selection_inputs()
         gate, head = None if gate is None else _rows(gate), None if head is None else _rows(head)
         selected = ops.sparsify(_rows(x), *arguments, activation, gate, head, places=places)  # type: ignore[call-arg, misc]  # mypy cannot count them
         return self.multiply(selected, x.dtype, x.shape[:-1], residual, residual_gate)
+
+    def check_input(self, op: str, argument: str, x: Tensor, others: int = 0) -> None:
+        """Refuse what is not ``(..., K - others)`` of the layer's dtype, before selection runs on it.
+
+        Raises:
+            InvalidArgumentError: It is not.
+        """
+        channels = self.in_features - others
+        if x.dim() == 0 or x.shape[-1] != channels:
+            raise InvalidArgumentError(op, argument, f"shape {tuple(x.shape)}", f"shape (..., {channels})")
+        if x.dtype != self.compute_dtype:
+            raise InvalidArgumentError(op, argument, f"dtype {x.dtype}", f"dtype {self.compute_dtype}, as the layer's weight")
 
     def takes_norm(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in the norm before it (`rtlynx.sharing.select_normed`).
@@ -383,6 +396,7 @@ class SparseLinear(LayerState):
         return self.input_group.select(self, input, self._select)
 
     def _select(self, input: Tensor) -> ops.Sparsified:
+        self.check_input("SparseLinear", "input", input)
         permutation, places, *arguments = self.selection_inputs()
         x = _rows(input)
         if permutation is not None:

@@ -90,6 +90,7 @@ def select_normed(
     Raises:
         InvalidArgumentError: The layer gathers its channels, or an argument does not fit.
     """
+    layer.check_input("select_normed", "h", h)
     permutation, places, *arguments = layer.selection_inputs()
     if permutation is not None or places is not None:
         raise InvalidArgumentError("select_normed", "layer", "a layer with a permutation", "one that takes channels as they come")

@@ -153,6 +153,12 @@ def test_skip_patterns_name_layers_of_the_shipped_model() -> None:
         assert any(row.reason == f"skipped by the pattern {pattern!r}" for row in rtlynx.summary(model)), pattern
 
 
+def test_sparse_layers_are_sparse_whatever_is_faster() -> None:
+    configs = {method.name: method.config for method in methods(16)}
+    assert configs.pop("dense") is None
+    assert all(config is not None and config.small_m == "sparse" for config in configs.values())
+
+
 def test_methods_have_names_of_their_own() -> None:
     names = [method.name for method in methods(16)]
     assert len(set(names)) == len(names)

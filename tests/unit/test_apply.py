@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rtlynx
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
+from rtlynx import DeviceError, InvalidArgumentError, SparseLinear, SparsityConfig, eligibility, launch
 from rtlynx.eligibility import SUPPORTED_DTYPES
 
 
@@ -252,3 +253,36 @@ def test_what_refuses_leaves_both_transformers_as_they_were() -> None:
     with pytest.raises(InvalidArgumentError, match="hook"):
         rtlynx.remove(pipe)
     assert all(row.sparse for row in rtlynx.summary(pipe))
+
+
+def extension(capability: tuple[int, int] = (9, 0), targets: tuple[str, ...] = ("sm_80",), driver: tuple[int, int] = (13, 0)) -> Any:
+    def plan(capability: tuple[int, int], sms: int, **problem: Any) -> str:
+        if capability < (8, 0):
+            raise DeviceError("compute capability 7.0 has no sparse tensor cores")
+        return "spmm"
+
+    return SimpleNamespace(
+        devices=lambda: [{"capability": capability, "sms": 80}],
+        plan_sparse_linear=plan,
+        device_code=lambda: {"targets": list(targets), "min_driver": (13, 0)},
+        driver_version=lambda: driver,
+    )
+
+
+@pytest.mark.parametrize(
+    ("core", "reason"),
+    [
+        (extension(), ""),
+        (extension(capability=(7, 0)), "compute capability 7.0 has no sparse tensor cores"),
+        (extension(targets=()), "this build of rtlynx has no device code"),
+        (extension(driver=(12, 4)), "the driver supports CUDA 12.4, and the kernels need 13.0"),
+    ],
+)
+def test_a_layer_stays_dense_where_no_kernel_can_run(core: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "core", lambda: core)
+    on_gpu = launch.why_no_kernels.__wrapped__(torch.device("cuda:0"))
+    monkeypatch.setattr(eligibility, "why_no_kernels", lambda device: on_gpu)
+    model = rtlynx.apply(nn.Sequential(nn.Linear(128, 64)), SparsityConfig(include=("0",)))
+    (row,) = rtlynx.summary(model)
+    assert (row.sparse, row.reason) == (not reason, reason)
+    assert model(torch.randn(3, 128)).shape == (3, 64)

@@ -39,7 +39,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return pretend
 
 
-def core(devices: list[dict[str, Any]] | None = None, targets: tuple[str, ...] = ("sm_80", "sm_90a")) -> Any:
+def core(
+    devices: list[dict[str, Any]] | None = None, targets: tuple[str, ...] = ("sm_80", "sm_90a"), driver: tuple[int, int] = (13, 0)
+) -> Any:
     def plan(capability: tuple[int, int], sms: int, **problem: Any) -> str:
         if capability < (8, 0):
             raise DeviceError(f"compute capability {capability} has no sparse tensor cores")
@@ -49,8 +51,12 @@ def core(devices: list[dict[str, Any]] | None = None, targets: tuple[str, ...] =
         return devices or []
 
     return SimpleNamespace(
-        device_code=lambda: {"targets": list(targets), "nvcc": "13.0.88" if targets else None},
-        driver_version=lambda: None if devices is None else (13, 0),
+        device_code=lambda: {
+            "targets": list(targets),
+            "nvcc": "13.0.88" if targets else None,
+            "min_driver": (13, 0) if targets else None,
+        },
+        driver_version=lambda: None if devices is None else driver,
         devices=list_devices,
         plan_sparse_linear=plan,
     )
@@ -103,6 +109,7 @@ def test_info_names_the_kernel_of_each_gpu_or_why_there_is_none(machine: Callabl
     [
         (None, torch_seeing(0), "compiled extension"),
         (core([H200], targets=()), torch_seeing(1), "device code"),
+        (core([H200], driver=(12, 4)), torch_seeing(1), "new enough driver"),
         (core([]), torch_seeing(0), "GPU"),
         (core([H200]), torch_seeing(0), "torch with CUDA"),
         (core([H200]), None, "torch"),
@@ -134,8 +141,17 @@ def test_auto_takes_the_first_gpu_the_kernels_run_on(machine: Callable[..., None
 
 
 def test_auto_falls_back_to_the_cpu(machine: Callable[..., None]) -> None:
-    machine(core(devices=None), torch_seeing(0))
-    assert choose_place("auto").device.type == "cpu"
+    for extension in (core(devices=None), core([H200], driver=(12, 4))):
+        machine(extension, torch_seeing(1))
+        assert choose_place("auto").device.type == "cpu"
+
+
+def test_a_driver_that_is_too_old_is_told(machine: Callable[..., None]) -> None:
+    machine(core([H200], driver=(12, 4)), torch_seeing(1))
+    with pytest.raises(DeviceError, match=r"cuda:0 \(NVIDIA H200\): its driver supports CUDA 12.4, and the kernels need 13.0"):
+        choose_place("cuda:0")
+    text = " ".join(run("info").stdout.split())
+    assert "missing new enough driver" in text and "nvidia.com/drivers" in text
 
 
 def test_a_gpu_asked_for_by_name_is_not_replaced(machine: Callable[..., None]) -> None:

@@ -263,9 +263,25 @@ def test_repr_says_what_matters() -> None:
         assert piece in text
 
 
-def test_wrong_dtype_is_refused_by_the_op() -> None:
-    with pytest.raises(InvalidArgumentError, match="weight"):
-        make()(tokens(3, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("x", "got", "expected"),
+    [
+        (tokens(3, dtype=torch.bfloat16), "dtype torch.bfloat16", "dtype torch.float32, as the layer's weight"),
+        (torch.randn(3, K // 2), f"shape (3, {K // 2})", f"shape (..., {K})"),
+        (torch.randn(()), "shape ()", f"shape (..., {K})"),
+    ],
+)
+@pytest.mark.parametrize("entry", ["forward", "forward_gated", "forward_activated"])
+def test_an_input_that_does_not_fit_is_refused_before_selection(
+    entry: str, x: Tensor, got: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = compensated()
+    monkeypatch.setattr(ops, "sparsify", None)  # were it called, that would be another error
+    arguments = {"forward": (), "forward_gated": (torch.zeros(*x.shape[:-1], N, dtype=x.dtype),), "forward_activated": ("gelu_tanh",)}
+    with pytest.raises(InvalidArgumentError) as refused:
+        getattr(layer, entry)(x, *arguments[entry])
+    assert refused.value.op.startswith("SparseLinear") and refused.value.argument in ("input", "x")
+    assert (refused.value.got, refused.value.expected) == (got, expected)
 
 
 # ---- what comes before the layer --------------------------------------------------------------------------------------------------------
