@@ -165,6 +165,8 @@ def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
     yield Row("refit", Fit("refit", 0))
     yield Row("joint", Fit("joint", rank))
     yield Row("norm_fp8", Fit("plain", 0), precision="fp8")
+    yield Row("paper_fp8", Fit("paper", rank), precision="fp8")
+    yield Row("paper_trained_fp8", Fit("paper-trained", rank), precision="fp8")
     yield Row("split_fp8", Fit("split", rank), precision="fp8")
     yield Row("joint_fp8", Fit("joint", rank), precision="fp8")
     for method in ("split", "refit", "joint"):
