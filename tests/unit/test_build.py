@@ -126,6 +126,36 @@ def test_an_explicit_nvcc_that_does_not_work_is_not_replaced(build: Build, tmp_p
     assert result.returncode != 0 and f"NVCC={tmp_path / 'absent'}" in result.stderr
 
 
+def test_an_nvcc_that_is_too_old_is_passed_over_and_listed(build: Build, tmp_path: Path) -> None:
+    build.fake_nvcc(tmp_path / "toolkit" / "bin" / "nvcc", "12.3.107")
+    build.fake_nvcc(build.tools / "nvcc", "9.2.148")
+    found = build.fake_nvcc(tmp_path / "later" / "nvcc", "12.5.40")
+    environment = {"CUDA_HOME": str(tmp_path / "toolkit"), "PATH": f"{build.tools}{os.pathsep}{found.parent}"}
+    result = build.run(**environment)
+    assert result.returncode == 0, result.stderr
+    assert 'Some("12.5.40")' in build.device_code()
+
+    build.fake_nvcc(found, "12.4.131")
+    result = build.run(**environment)
+    assert result.returncode != 0
+    places = [
+        f"CUDA_HOME={tmp_path / 'toolkit'}: bin/nvcc is too old: 12.3",
+        f"PATH: {build.tools / 'nvcc'} is too old: 9.2",
+        f"PATH: {found} is too old: 12.4",
+        "PyPI wheels of",
+    ]
+    positions = [result.stderr.find(place) for place in places]
+    assert -1 not in positions and positions == sorted(positions), result.stderr
+    assert "version 12.5 or newer" in result.stderr
+
+
+def test_an_explicit_nvcc_that_is_too_old_is_not_replaced(build: Build, tmp_path: Path) -> None:
+    build.fake_nvcc(build.tools / "nvcc", "13.0.3")
+    explicit = build.fake_nvcc(tmp_path / "explicit", "12.3.107")
+    result = build.run(NVCC=str(explicit))
+    assert result.returncode != 0 and f"NVCC={explicit}: is too old: 12.3" in result.stderr
+
+
 def test_the_wheels_nvcc_is_found_through_a_real_interpreter(build: Build, tmp_path: Path) -> None:
     """As under pip's build isolation, where PYTHONPATH leads to the requirements."""
     build.fake_nvcc(tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc", "13.0.9")
