@@ -100,7 +100,9 @@ class Compensation:
             modules = {prefix: root for prefix, (root, _) in applied.items()}
             for _, config in applied.values():
                 if not config.same_arithmetic(self.config):
-                    raise CompensationMismatchError(f"made under {self.config}, but this model was applied with {config}")
+                    message = f"made under {self.config}, but this model was applied with {config}"
+                    got, expected = f"a model applied with {config}", f"one applied with {self.config}"
+                    raise CompensationMismatchError("Compensation", "pipe_or_module", got, expected, message)
             check_fingerprint(self.layers, all_sparse_layers(modules))
             self._check_time(modules)
             for root, config in applied.values():
@@ -143,20 +145,27 @@ class Compensation:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise CompensationMismatchError(f"{path} is not a safetensors file: {error}") from error
+            raise _unreadable(path, "no safetensors file", "a compensation file", f"is not a safetensors file: {error}") from error
         if metadata.get("format") != _FORMAT:
-            raise CompensationMismatchError(f"{path} is not a compensation file: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            found = f"{metadata.get('format')!r}"
+            why = f"is not a compensation file: its format is {found}, not {_FORMAT!r}"
+            raise _unreadable(path, f"format {found}", f"format {_FORMAT!r}", why)
         if metadata["format_version"] != str(_FORMAT_VERSION):
             found = metadata["format_version"]
-            raise CompensationMismatchError(
-                f"{path} has format version {found}, this rtlynx reads {_FORMAT_VERSION}: make it again with rtlynx.calibrate"
-            )
+            why = f"has format version {found}, this rtlynx reads {_FORMAT_VERSION}: make it again with rtlynx.calibrate"
+            raise _unreadable(path, f"format version {found}", f"format version {_FORMAT_VERSION}", why)
         for name, tensor in tensors.items():
             if name.endswith(".comp_bias") and (tensor.dim() not in (1, 2) or not len(tensor)):
-                raise CompensationMismatchError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected (N,) or (groups, N)")
+                got, shapes = f"{name} has shape {tuple(tensor.shape)}", "(N,) or (groups, N)"
+                message = f"{path}: {got}, expected {shapes}"
+                raise CompensationMismatchError("Compensation", "path", got, shapes, message)
         config: dict[str, Any] = json.loads(metadata["config"])
         made_with: dict[str, Any] = json.loads(metadata.get("made_with", "{}"))
         return cls(tensors, SparsityConfig.from_dict(config), json.loads(metadata["layers"]), made_with)
+
+
+def _unreadable(path: str | os.PathLike[str], got: str, expected: str, why: str) -> CompensationMismatchError:
+    return CompensationMismatchError("Compensation", "path", got, expected, f"{path} {why}")
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,21 @@ class RTLynxError(Exception):
     """Base class: ``except rtlynx.RTLynxError`` catches everything rtlynx raises on purpose."""
 
 
-class InvalidArgumentError(RTLynxError, ValueError):
+class _Refusal(RTLynxError):
+    """What a refusal consists of, for programs that want to know; `message` is for people, by default made of the four."""
+
+    def __init__(self, op: str, argument: str, got: object, expected: str, message: str | None = None) -> None:
+        self.op = op
+        self.argument = argument
+        self.got = str(got)
+        self.expected = expected
+        super().__init__(message or f"{op}: argument `{argument}`: got {self.got}, expected {expected}")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str]]:
+        return type(self), (self.op, self.argument, self.got, self.expected, str(self))
+
+
+class InvalidArgumentError(_Refusal, ValueError):
     """An argument was refused before anything was launched or overwritten.
 
     Attributes:
@@ -17,23 +31,28 @@ class InvalidArgumentError(RTLynxError, ValueError):
         expected: What would have been accepted, in words.
     """
 
-    def __init__(self, op: str, argument: str, got: object, expected: str) -> None:
-        self.op = op
-        self.argument = argument
-        self.got = str(got)
-        self.expected = expected
-        super().__init__(f"{op}: argument `{argument}`: got {self.got}, expected {expected}")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
-        return type(self), (self.op, self.argument, self.got, self.expected)
+class DeviceError(_Refusal, RuntimeError):
+    """The GPU path cannot run: no driver, a driver or GPU too old, no device code, or a failed CUDA call.
 
-
-class DeviceError(RTLynxError, RuntimeError):
-    """The GPU path cannot run: no driver, a driver or GPU too old, no device code, or a failed CUDA call."""
+    Attributes:
+        op: The operation that could not run, e.g. ``"sparsify"``.
+        argument: ``"device"``: where it was to run.
+        got: What is there, in words.
+        expected: What the operation needs, in words.
+    """
 
 
-class CompensationMismatchError(RTLynxError, ValueError):
-    """A compensation file does not belong to this model (other layers, shapes or weights)."""
+class CompensationMismatchError(_Refusal, ValueError):
+    """A compensation file does not belong to this model (other layers, shapes or weights).
+
+    Attributes:
+        op: The operation that refused, e.g. ``"Compensation"``.
+        argument: ``"pipe_or_module"`` for a model that does not fit, ``"path"`` for a file that is none or cannot be read, ``"checkpoint"``
+            for a saved model whose compensation does not fit its layers.
+        got: What the model or the file has, in words.
+        expected: What it would need, in words.
+    """
 
 
 class DistributedError(RTLynxError, RuntimeError):

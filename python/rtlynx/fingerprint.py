@@ -43,15 +43,20 @@ def check_fingerprint(expected: Mapping[str, str], layers: Mapping[str, nn.Linea
     """
     missing = [name for name in layers if name not in expected]
     if missing:
-        raise CompensationMismatchError(f"made without {_some(missing)}, which this model has as sparse layers")
+        message = f"made without {_some(missing)}, which this model has as sparse layers"
+        raise _mismatch(f"sparse layers {_some(missing)}", "no sparse layer that it was made without", message)
     if not layers:
-        raise CompensationMismatchError(f"made for layers such as {_some(sorted(expected))}; this model has no sparse layer")
+        message = f"made for layers such as {_some(sorted(expected))}; this model has no sparse layer"
+        raise _mismatch("no sparse layer", f"sparse layers such as {_some(sorted(expected))}", message)
     changed = [name for name, digest in fingerprint(layers).items() if digest != expected[name]]
     if changed:
-        raise CompensationMismatchError(
-            f"made for other weights (another model, another precision, a fused LoRA?): {len(changed)} of {len(layers)} layers differ, "
-            f"first {_some(changed)}"
-        )
+        differ = f"{len(changed)} of {len(layers)} layers differ, first {_some(changed)}"
+        message = f"made for other weights (another model, another precision, a fused LoRA?): {differ}"
+        raise _mismatch(f"other weights: {differ}", "the weights that it was made for", message)
+
+
+def _mismatch(got: str, expected: str, message: str) -> CompensationMismatchError:
+    return CompensationMismatchError("Compensation", "pipe_or_module", got, expected, message)
 
 
 def _digest(name: str, weight: torch.Tensor) -> str:

@@ -94,4 +94,5 @@ def missing_kernels(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) == CAPABILITY:
         return None
-    return f"fp8 needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, and {device} has {major}.{minor}"
+    needed = f"{CAPABILITY[0]}.{CAPABILITY[1]}"
+    return f'fp8 needs compute capability {needed}, and {device} has {major}.{minor}; use precision="model" there'

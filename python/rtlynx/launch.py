@@ -172,7 +172,8 @@ def core() -> ModuleType:
     try:
         from rtlynx import _core as extension
     except ImportError as error:
-        raise DeviceError(f"rtlynx._core is not built ({error}); install the package with `pip install .`") from error
+        message = f"rtlynx._core is not built ({error}); install the package with `pip install .`"
+        raise DeviceError("rtlynx", "device", "a package without its extension", "rtlynx._core", message) from error
     plans.use_saved(extension)
     return extension
 

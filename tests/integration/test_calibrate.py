@@ -335,8 +335,11 @@ def test_another_model_is_refused_and_left_unchanged(calibrated: Calibrated) -> 
     other = Pipe()
     with torch.no_grad():
         other.transformer.transformer_blocks[0].attn.to_k.weight.mul_(1.01)
-    with pytest.raises(CompensationMismatchError, match=r"1 of 22 layers differ, first transformer_blocks\.0\.attn\.to_k"):
+    with pytest.raises(CompensationMismatchError, match=r"1 of 22 layers differ, first transformer_blocks\.0\.attn\.to_k") as refusal:
         rtlynx.load_compensation(other, calibrated.path)
+    assert (refusal.value.op, refusal.value.argument) == ("Compensation", "pipe_or_module")
+    assert refusal.value.got == "other weights: 1 of 22 layers differ, first transformer_blocks.0.attn.to_k"
+    assert refusal.value.expected == "the weights that it was made for"
     assert not sparse_layers(other.transformer)
     qwen = TINY["qwen_image"].build("cpu", F32)
     with pytest.raises(CompensationMismatchError, match="made without transformer_blocks"):
@@ -348,8 +351,10 @@ def test_another_model_is_refused_and_left_unchanged(calibrated: Calibrated) -> 
 def test_other_arithmetic_is_refused(calibrated: Calibrated) -> None:
     other = Pipe()
     rtlynx.apply(other, SparsityConfig(branch="input"))
-    with pytest.raises(CompensationMismatchError, match="branch='input'"):
+    with pytest.raises(CompensationMismatchError, match="branch='input'") as refusal:
         rtlynx.load_compensation(other, calibrated.path)
+    assert refusal.value.argument == "pipe_or_module"
+    assert "branch='input'" in refusal.value.got and "branch='dropped'" in refusal.value.expected
     assert all(layer.rank == 0 for layer in sparse_layers(other.transformer).values())
 
 
@@ -361,8 +366,10 @@ def test_other_files_are_refused(tmp_path: Path, calibrated: Calibrated) -> None
         save_file({"a": torch.zeros(1)}, tmp_path / name, metadata)
     pieces = {"text": "not a safetensors file", "plain": "not a compensation file", "older": "version 1, ", "newer": "version 99, "}
     for name, piece in pieces.items():
-        with pytest.raises(CompensationMismatchError, match=piece):
+        with pytest.raises(CompensationMismatchError, match=piece) as refusal:
             Compensation.load(tmp_path / name)
+        assert refusal.value.argument == "path" and str(tmp_path / name) in str(refusal.value)
+    assert (refusal.value.got, refusal.value.expected) == ("format version 99", "format version 2")
     with pytest.raises(FileNotFoundError):
         Compensation.load(tmp_path / "absent")
 

@@ -157,8 +157,9 @@ def test_a_broken_compensation_is_refused(vanilla: Path, tmp_path: Path, break_i
     state = load_file(tmp_path / "saved" / WEIGHTS)
     break_it(state, next(key for key in state if key.endswith("comp_up")))
     save_file(state, tmp_path / "saved" / WEIGHTS, {"format": "pt"})
-    with pytest.raises(rtlynx.CompensationMismatchError, match=r"transformer_blocks.*comp_up"):
+    with pytest.raises(rtlynx.CompensationMismatchError, match=r"transformer_blocks.*comp_up") as refusal:
         load(tmp_path / "saved")
+    assert (refusal.value.op, refusal.value.argument) == ("RTLynxConfig", "checkpoint")
 
 
 def test_shared_branches_ranks_of_single_layers_and_dense_steps_survive(vanilla: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def core(
 ) -> Any:
     def plan(capability: tuple[int, int], sms: int, **problem: Any) -> str:
         if capability < (8, 0):
-            raise DeviceError(f"compute capability {capability} has no sparse tensor cores")
+            raise DeviceError("plan", "device", capability, "8.0 or newer", f"compute capability {capability} has no sparse tensor cores")
         return "spmm_for_this_test"
 
     def list_devices() -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def test_info_reports_what_is_missing(machine: Callable[..., None], extension: A
 
 def test_a_driver_that_fails_is_reported(machine: Callable[..., None]) -> None:
     def fail() -> None:
-        raise DeviceError("driver CUDA 11.4 is too old")
+        raise DeviceError("devices", "device", "CUDA 11.4", "CUDA 13.0", "driver CUDA 11.4 is too old")
 
     broken = core([H200])
     broken.devices = fail

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,6 +33,10 @@ FUSED_LINEAR: dict[str, Any] = dict(
     branch_of_dropped=True, norm_compensation=True, eps=1e-8,
     x=TENSOR, score=0, shift=0, comp_down=TENSOR, weight=TENSOR, comp_up=TENSOR, bias=TENSOR, branch=TENSOR, progress=TENSOR, out=TENSOR,
 )  # fmt: skip
+
+
+def parts(error: DeviceError | InvalidArgumentError) -> tuple[str, str, str, str]:
+    return error.op, error.argument, error.got, error.expected
 
 
 def test_version_is_that_of_the_installed_package() -> None:
@@ -99,8 +104,16 @@ def test_plan_refuses_problems_outside_the_format(argument: str, got: object) ->
 
 
 def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
-    with pytest.raises(DeviceError, match=r"sparse_linear: got a GPU of compute capability 7\.5, expected 8\.0 or newer"):
+    with pytest.raises(DeviceError, match=r"sparse_linear: got a GPU of compute capability 7\.5, expected 8\.0 or newer") as refusal:
         _core.plan_sparse_linear((7, 5), 40, 64, 64, 128, 0, "bfloat16")
+    assert parts(refusal.value) == ("sparse_linear", "device", "compute capability 7.5", "compute capability 8.0 or newer")
+
+
+def test_plan_refuses_e4m3_where_no_kernel_multiplies_it() -> None:
+    with pytest.raises(DeviceError, match=r"got e4m3 operands on a GPU of compute capability 8\.9") as refusal:
+        _core.plan_sparse_linear((8, 9), 128, 64, 64, 128, 0, "bfloat16_e4m3")
+    assert parts(refusal.value) == ("sparse_linear", "device", "compute capability 8.9", "compute capability 9.0 for e4m3 operands")
+    assert "precision=" not in str(refusal.value)  # what a layer is told about its configuration is rtlynx.fp8's to say
 
 
 @pytest.mark.parametrize(
@@ -186,17 +199,21 @@ def test_no_rows_launch_nothing() -> None:
 
 
 @pytest.mark.skipif(_core.driver_version() is not None, reason="this machine has a driver")
-def test_a_missing_driver_is_named() -> None:
-    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
-        _core.sparsify(**SPARSIFY)
-    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
-        _core.sparse_linear(**SPARSE_LINEAR)
-    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
-        _core.fused_linear(**FUSED_LINEAR)
-    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
-        _core.set_plan(0, 64, 64, 128, 0, "bfloat16", None)
-    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library"):
-        _core.gemm_kernel(0, 64, 64, 128, 0, "bfloat16")
+@pytest.mark.parametrize(
+    "op, call",
+    [
+        ("sparsify", lambda: _core.sparsify(**SPARSIFY)),
+        ("sparse_linear", lambda: _core.sparse_linear(**SPARSE_LINEAR)),
+        ("fused_linear", lambda: _core.fused_linear(**FUSED_LINEAR)),
+        ("sparse_linear", lambda: _core.set_plan(0, 64, 64, 128, 0, "bfloat16", None)),
+        ("sparse_linear", lambda: _core.gemm_kernel(0, 64, 64, 128, 0, "bfloat16")),
+    ],
+)
+def test_a_missing_driver_is_named(op: str, call: Callable[[], object]) -> None:
+    with pytest.raises(DeviceError, match="no usable NVIDIA driver: the driver library") as refusal:
+        call()
+    got = "the driver library (libcuda) is not on this machine"
+    assert parts(refusal.value) == (op, "device", got, "a usable NVIDIA driver")
 
 
 def test_the_extension_links_neither_torch_nor_cuda() -> None:

@@ -42,6 +42,12 @@ def fused_linear(m=100, n=264, k=128, rank=0):
     branch = A if rank else 0
     _core.fused_linear(0, 0x5, "bfloat16", m, n, k, k, rank, A, 0, 0, branch, A, branch, 0, branch, branch, A, True, True, 1e-8)
 
+def parts(call):
+    try:
+        call()
+    except RTLynxError as error:
+        print(error.op, error.argument, error.got, error.expected, sep=" | ")
+
 try:
     {statements}
 except RTLynxError as error:
@@ -83,6 +89,31 @@ def test_an_old_driver_is_refused_before_anything_is_loaded(driver: Path) -> Non
     *calls, message = run(driver, "sparse_linear()", version=12040)
     assert "load" not in calls and not any(call.startswith("launch") for call in calls)
     assert message.startswith("DeviceError: the NVIDIA driver is too old: got a driver for CUDA 12.4, expected one for CUDA 13.0 or newer")
+
+
+def test_errors_about_the_device_say_what_they_consist_of(driver: Path) -> None:
+    (said,) = run(driver, "parts(sparsify)", init=100)
+    assert said == "sparsify | device | the driver library finds no GPU (CUDA_ERROR_NO_DEVICE) | a usable NVIDIA driver"
+    (said,) = run(driver, "parts(lambda: sparsify(activation='gelu_tanh'))", capability=89)
+    assert said == "sparsify | device | compute capability 8.9 | compute capability 9.0 for an activation"
+    (said,) = run(driver, "parts(_core.devices)", init=3)
+    assert said == "devices | device | CUDA_ERROR_NOT_INITIALIZED (3) of cuInit | CUDA_SUCCESS"
+    (said,) = run(driver, "parts(lambda: row_stats(k=100))")
+    assert said.startswith("row_stats | k | 100 | ")
+
+
+@needs_device_code
+def test_errors_about_a_launch_say_what_they_consist_of(driver: Path) -> None:
+    (said,) = [line for line in run(driver, "parts(sparse_linear)", version=12040) if " | " in line]
+    assert said == "sparse_linear | device | a driver for CUDA 12.4 | one for CUDA 13.0 or newer"
+    (said,) = [line for line in run(driver, "parts(fused_linear)", launch=719) if " | " in line]
+    assert said == "fused_linear | device | CUDA_ERROR_LAUNCH_FAILED (719) of cuLaunchKernelEx | CUDA_SUCCESS"
+
+
+@pytest.mark.skipif(bool(_core.device_code()["targets"]), reason="built with device code")
+def test_a_build_without_device_code_says_so(driver: Path) -> None:
+    *_, said = [line for line in run(driver, "parts(sparse_linear)", capability=80) if " | " in line]
+    assert said.startswith("sparse_linear | device | a build that holds none at all | one that holds spmm_sm80_f16_")
 
 
 @needs_device_code

@@ -331,7 +331,8 @@ def test_other_gpus_keep_the_layer_dense_and_say_why(capability: tuple[int, int]
     (row,) = rtlynx.summary(model)
     assert row.sparse is sparse
     if not sparse:
-        assert row.reason == f"fp8 needs compute capability 9.0, and cuda:0 has {capability[0]}.{capability[1]}"
+        has = f"{capability[0]}.{capability[1]}"
+        assert row.reason == f'fp8 needs compute capability 9.0, and cuda:0 has {has}; use precision="model" there'
     assert rtlynx.summary(rtlynx.apply(model, SparsityConfig(include=("0",)))).rows[0].sparse
 
 

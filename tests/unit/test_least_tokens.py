@@ -126,7 +126,7 @@ def test_a_layer_that_is_never_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_without_kernels_is_told_of_by_the_summary(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: object) -> int:
-        raise rtlynx.DeviceError("no sparse tensor cores")
+        raise rtlynx.DeviceError("sparse_linear", "device", "no sparse tensor cores", "some")
 
     monkeypatch.setattr(linear, "least_tokens", refuses)
     (row,) = rtlynx.summary(rtlynx.apply(nn.Sequential(nn.Linear(K, N)), SparsityConfig(include=("0",))))

@@ -133,7 +133,7 @@ def test_plans_that_cannot_be_used_are_ignored_with_a_warning(entry: dict[str, A
 
 def test_without_a_driver_there_is_nothing_to_say() -> None:
     def devices() -> list[dict[str, Any]]:
-        raise DeviceError("broken")
+        raise DeviceError("sparse_linear", "device", "a broken one", "a whole one")
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -46,7 +46,7 @@ pub enum Error {
         capability: (u32, u32),
     },
     /// The GPU has no sparse tensor cores for such operands that kernels here are written for.
-    #[error("{op}: got e4m3 operands on a GPU of compute capability {}.{}, expected compute capability 9.0; use precision=\"model\" there", capability.0, capability.1)]
+    #[error("{op}: got e4m3 operands on a GPU of compute capability {}.{}, expected compute capability 9.0, or 16-bit operands", capability.0, capability.1)]
     UnsupportedPrecision {
         /// The operation that refused.
         op: &'static str,
@@ -102,5 +102,8 @@ mod tests {
         assert!(error.to_string().contains("got a driver for CUDA 12.4, expected one for CUDA 13.0"), "{error}");
         let error = Error::UnsupportedArch { op: "sparse_linear", capability: (7, 5) };
         assert!(error.to_string().starts_with("sparse_linear: got a GPU of compute capability 7.5, expected 8.0"), "{error}");
+        let error = Error::UnsupportedPrecision { op: "sparsify", capability: (8, 9) };
+        let expected = "got e4m3 operands on a GPU of compute capability 8.9, expected compute capability 9.0, or 16-bit operands";
+        assert_eq!(error.to_string(), format!("sparsify: {expected}"));
     }
 }

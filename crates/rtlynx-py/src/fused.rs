@@ -33,9 +33,9 @@ pub(crate) fn fused_linear(
     norm_compensation: bool,
     eps: f32,
 ) -> PyResult<()> {
-    let dtype = Dtype::parse(FUSED_LINEAR, dtype).map_err(to_python)?;
+    let dtype = Dtype::parse(FUSED_LINEAR, dtype).map_err(to_python(FUSED_LINEAR))?;
     let problem = FusedLinearProblem { dtype, m, n, k, ldx, rank, norm_compensation, branch_of_dropped, eps };
     let tensors = FusedLinearTensors { x, score, shift, comp_down, weight, comp_up, bias, branch, progress, out };
     // SAFETY: rtlynx.fused passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
-    unsafe { fused::fused_linear(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
+    unsafe { fused::fused_linear(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python(FUSED_LINEAR))
 }

@@ -46,7 +46,7 @@ pub(crate) fn driver_version() -> Option<(u32, u32)> {
 #[pyfunction]
 #[pyo3(signature = () -> "list[dict[str, object]]")]
 pub(crate) fn devices() -> PyResult<Vec<Device>> {
-    let devices = device::devices().map_err(to_python)?.iter().enumerate();
+    let devices = device::devices().map_err(to_python("devices"))?.iter().enumerate();
     let describe = |(index, device): (usize, &'static device::Device)| Device {
         index,
         name: &device.name,
@@ -71,8 +71,8 @@ pub(crate) fn use_portable_kernels(enabled: bool) -> bool {
 /// Raises InvalidArgumentError for sizes the format cannot hold, DeviceError for a GPU without sparse tensor cores.
 #[pyfunction]
 pub(crate) fn plan_sparse_linear(capability: (u32, u32), sms: i64, m: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<String> {
-    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
-    let (kernel, _) = dispatch::plan_sparse_linear(&Arch::from_capability(capability, sms), &problem).map_err(to_python)?;
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python(SPARSE_LINEAR))?, m, n, k, rank };
+    let (kernel, _) = dispatch::plan_sparse_linear(&Arch::from_capability(capability, sms), &problem).map_err(to_python(SPARSE_LINEAR))?;
     Ok(kernel.to_string())
 }
 
@@ -81,9 +81,9 @@ pub(crate) fn plan_sparse_linear(capability: (u32, u32), sms: i64, m: i64, n: i6
 /// Raises as plan_sparse_linear.
 #[pyfunction]
 pub(crate) fn candidates(capability: (u32, u32), sms: i64, m: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<Vec<String>> {
-    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python(SPARSE_LINEAR))?, m, n, k, rank };
     let arch = Arch::from_capability(capability, sms);
-    let candidates = dispatch::candidates(&arch, &problem).map_err(to_python)?;
+    let candidates = dispatch::candidates(&arch, &problem).map_err(to_python(SPARSE_LINEAR))?;
     Ok(candidates.map(|(kernel, _)| kernel.to_string()).collect())
 }
 
@@ -93,8 +93,8 @@ pub(crate) fn candidates(capability: (u32, u32), sms: i64, m: i64, n: i64, k: i6
 #[pyfunction]
 #[pyo3(signature = (device_index, m, n, k, rank, dtype, kernel))]
 pub(crate) fn set_plan(device_index: i32, m: i64, n: i64, k: i64, rank: i64, dtype: &str, kernel: Option<&str>) -> PyResult<()> {
-    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
-    tuned::set(device_index, &problem, kernel).map_err(to_python)
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python(SPARSE_LINEAR))?, m, n, k, rank };
+    tuned::set(device_index, &problem, kernel).map_err(to_python(SPARSE_LINEAR))
 }
 
 /// The GEMM kernel that sparse_linear launches for a problem on a GPU of this machine: the one of set_plan, else the planned one.
@@ -102,8 +102,8 @@ pub(crate) fn set_plan(device_index: i32, m: i64, n: i64, k: i64, rank: i64, dty
 /// Raises as plan_sparse_linear.
 #[pyfunction]
 pub(crate) fn gemm_kernel(device_index: i32, m: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<String> {
-    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m, n, k, rank };
-    tuned::kernel(device_index, &problem).map_err(to_python)
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python(SPARSE_LINEAR))?, m, n, k, rank };
+    tuned::kernel(device_index, &problem).map_err(to_python(SPARSE_LINEAR))
 }
 
 /// From how many tokens on a sparse layer (n, k) is estimated to be no slower than a dense one on a GPU of this compute capability; needs no GPU.
@@ -112,6 +112,6 @@ pub(crate) fn gemm_kernel(device_index: i32, m: i64, n: i64, k: i64, rank: i64, 
 /// 0 where nothing has been measured, 2^63 - 1 where it never is. Raises as plan_sparse_linear.
 #[pyfunction]
 pub(crate) fn least_tokens(capability: (u32, u32), sms: i64, memory_gb_s: i64, n: i64, k: i64, rank: i64, dtype: &str) -> PyResult<i64> {
-    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?, m: 0, n, k, rank };
-    break_even::least_tokens(&Arch::from_capability(capability, sms), memory_gb_s, &problem).map_err(to_python)
+    let problem = SparseLinearProblem { dtype: Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python(SPARSE_LINEAR))?, m: 0, n, k, rank };
+    break_even::least_tokens(&Arch::from_capability(capability, sms), memory_gb_s, &problem).map_err(to_python(SPARSE_LINEAR))
 }

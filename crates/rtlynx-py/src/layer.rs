@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use rtlynx_core::layer;
-use rtlynx_core::problem::{Dtype, SPARSIFY, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use rtlynx_core::prologue::Prologue;
 
 use crate::error::to_python;
@@ -35,7 +35,7 @@ impl Layer {
         values_scale: f32,
     ) -> PyResult<Self> {
         let selection = SparsifyProblem {
-            dtype: Dtype::parse(SPARSIFY, dtype).map_err(to_python)?,
+            dtype: Dtype::parse(SPARSIFY, dtype).map_err(to_python(SPARSIFY))?,
             m: 0,
             k,
             ldx: k,
@@ -54,19 +54,19 @@ impl Layer {
 
     /// Bytes of the memory between selection and product for m rows.
     fn workspace_bytes(&self, m: i64) -> PyResult<u64> {
-        self.0.workspace_bytes(m).map_err(to_python)
+        self.0.workspace_bytes(m).map_err(to_python(SPARSIFY))
     }
 
     /// Enqueue selection from m contiguous rows of x.
     fn select(&self, stream: u64, m: i64, x: u64, workspace: u64) -> PyResult<()> {
         // SAFETY: rtlynx.layer_call passes tensors of these shapes on this device and keeps them alive on the stream; the class is private.
-        unsafe { self.0.select(stream, m, x, workspace) }.map_err(to_python)
+        unsafe { self.0.select(stream, m, x, workspace) }.map_err(to_python(SPARSIFY))
     }
 
     /// Enqueue the product of what was selected into `workspace`, by this layer or by one that selects alike.
     fn multiply(&self, stream: u64, m: i64, workspace: u64, out: u64) -> PyResult<()> {
         // SAFETY: as above.
-        unsafe { self.0.multiply(stream, m, workspace, out) }.map_err(to_python)
+        unsafe { self.0.multiply(stream, m, workspace, out) }.map_err(to_python(SPARSE_LINEAR))
     }
 
     /// Enqueue both.

@@ -42,8 +42,8 @@ pub(crate) fn sparsify(
     eps: f32,
     values_scale: f32,
 ) -> PyResult<()> {
-    let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python)?;
-    let activation = Activation::parse(SPARSIFY, activation).map_err(to_python)?;
+    let dtype = Dtype::parse(SPARSIFY, dtype).map_err(to_python(SPARSIFY))?;
+    let activation = Activation::parse(SPARSIFY, activation).map_err(to_python(SPARSIFY))?;
     let prologue = Prologue { activation, head_k, ld_head, ld_gate, norm_rows };
     let problem = SparsifyProblem {
         dtype,
@@ -75,13 +75,13 @@ pub(crate) fn sparsify(
         branch,
     };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
-    unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python)
+    unsafe { launch::sparsify(Place { device: device_index, stream }, &problem, &tensors) }.map_err(to_python(SPARSIFY))
 }
 
 /// What `sparsify` can apply to x on this GPU: "none", "norm", and on some GPUs more.
 #[pyfunction]
 pub(crate) fn activations(device_index: i32) -> PyResult<Vec<&'static str>> {
-    Ok(launch::activations(device_index).map_err(to_python)?.into_iter().map(Activation::name).collect())
+    Ok(launch::activations(device_index).map_err(to_python(SPARSIFY))?.into_iter().map(Activation::name).collect())
 }
 
 /// Enqueue the sparse GEMM with row scale, branch, bias and what follows: activation, residual and `gates` rows of a gate. Addresses are `Tensor.data_ptr()`, 0 for an absent tensor.
@@ -109,11 +109,12 @@ pub(crate) fn sparse_linear(
     gate: u64,
     gates: i64,
 ) -> PyResult<()> {
-    let dtype = Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python)?;
+    let dtype = Dtype::parse(SPARSE_LINEAR, dtype).map_err(to_python(SPARSE_LINEAR))?;
     let problem = SparseLinearProblem { dtype, m, n, k, rank };
     let tensors = SparseLinearTensors { values, metadata, weight, weight_scale, row_scale, branch, comp_up, bias, out };
-    let activation = Activation::parse(SPARSE_LINEAR, activation).map_err(to_python)?;
+    let activation = Activation::parse(SPARSE_LINEAR, activation).map_err(to_python(SPARSE_LINEAR))?;
     let epilogue = Epilogue { activation, residual, gate, gates };
     // SAFETY: rtlynx.ops passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
-    unsafe { launch::sparse_linear(Place { device: device_index, stream }, &problem, &epilogue, &tensors) }.map_err(to_python)
+    unsafe { launch::sparse_linear(Place { device: device_index, stream }, &problem, &epilogue, &tensors) }
+        .map_err(to_python(SPARSE_LINEAR))
 }

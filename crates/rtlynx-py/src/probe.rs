@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 use rtlynx_core::launch::Place;
-use rtlynx_core::probe::{self, ProbeTensors};
+use rtlynx_core::probe::{self, PROBE, ProbeTensors};
 
 use crate::error::to_python;
 
@@ -22,8 +22,8 @@ pub(crate) fn run(
     sums: u64,
     cycles: u64,
 ) -> PyResult<()> {
-    let kernel = probe::parse(name).map_err(to_python)?;
+    let kernel = probe::parse(name).map_err(to_python(PROBE))?;
     let tensors = ProbeTensors { data, metadata, sums, cycles };
     // SAFETY: rtlynx.bench.probe passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
-    unsafe { probe::probe(Place { device: device_index, stream }, kernel, steps, &tensors) }.map_err(to_python)
+    unsafe { probe::probe(Place { device: device_index, stream }, kernel, steps, &tensors) }.map_err(to_python(PROBE))
 }

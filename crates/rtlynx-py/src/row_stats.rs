@@ -23,8 +23,9 @@ pub(crate) fn run(
     centered: bool,
     eps: f32,
 ) -> PyResult<()> {
-    let dtype = Dtype::parse(ROW_STATS, dtype).map_err(to_python)?;
+    let dtype = Dtype::parse(ROW_STATS, dtype).map_err(to_python(ROW_STATS))?;
     let problem = RowStatsProblem { dtype, m, k, ldx, centered, eps };
     // SAFETY: rtlynx.row_stats passes tensors of these shapes on this device and keeps them alive on the stream; this function is private.
-    unsafe { row_stats::row_stats(Place { device: device_index, stream }, &problem, &RowStatsTensors { x, stats }) }.map_err(to_python)
+    unsafe { row_stats::row_stats(Place { device: device_index, stream }, &problem, &RowStatsTensors { x, stats }) }
+        .map_err(to_python(ROW_STATS))
 }

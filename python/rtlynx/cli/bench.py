@@ -236,4 +236,5 @@ def require_gpu() -> None:
     from rtlynx.errors import DeviceError
 
     if not torch.cuda.is_available():
-        raise DeviceError("bench: there is no GPU to measure; `rtlynx info` shows what is missing")
+        message = "bench: there is no GPU to measure; `rtlynx info` shows what is missing"
+        raise DeviceError("bench", "device", "no GPU", "a GPU", message)

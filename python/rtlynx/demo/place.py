@@ -61,7 +61,9 @@ def choose_place(wanted: str) -> Place:
         return _cpu()
     reasons = [f"cuda:{gpu.index} ({gpu.name}): {gpu.reason}" for gpu in candidates]
     reasons = reasons or [f"{item.what} missing: {item.consequence}" for item in environment.missing] or [f"there is no {wanted}"]
-    raise DeviceError(f"demo: the kernels cannot run on {wanted}: {'; '.join(reasons)}. `rtlynx info` shows what runs where")
+    got = "; ".join(reasons)
+    message = f"demo: the kernels cannot run on {wanted}: {got}. `rtlynx info` shows what runs where"
+    raise DeviceError("demo", "device", got, "a GPU on which the kernels run", message)
 
 
 def _cpu() -> Place:

@@ -269,13 +269,15 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
     """
     problem = layer.branch_problem(layer.comp_down, layer.comp_up)
     if problem is not None:
-        raise CompensationMismatchError(f"{name}: the checkpoint's comp_down and comp_up: got {problem[0]}, expected {problem[1]}")
+        got, expected = problem
+        raise _mismatch(f"{name}: the checkpoint's comp_down and comp_up: got {got}, expected {expected}", got, expected)
     needed_by = {"shift": "comp_bias"} if layer.is_compact else {"shift": "comp_bias", "permutation": "sparse_weight"}
     if layer.weight.dtype is not E4M3 and layer.is_compact:
-        raise CompensationMismatchError(f"{name}: the checkpoint has compact_scale without an e4m3 weight")
+        got = "compact_scale without an e4m3 weight"
+        raise _mismatch(f"{name}: the checkpoint has {got}", got, "both")
     for needs, needed in needed_by.items():
         if getattr(layer, needs) is not None and getattr(layer, needed) is None:
-            raise CompensationMismatchError(f"{name}: the checkpoint has {needs} without {needed}")
+            raise _mismatch(f"{name}: the checkpoint has {needs} without {needed}", f"{needs} without {needed}", "both")
     for tensor, shape in _shapes(layer, layer.rank).items():
         value: Tensor | None = getattr(layer, tensor)
         if value is None:
@@ -283,9 +285,15 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
         if tensor == "comp_bias":
             shape = layer.bias_shape(value)
         if value.shape != shape:
-            raise CompensationMismatchError(f"{name}: the checkpoint's {tensor} has shape {tuple(value.shape)}, expected {shape}")
+            got = f"shape {tuple(value.shape)}"
+            raise _mismatch(f"{name}: the checkpoint's {tensor} has {got}, expected {shape}", got, f"shape {shape}")
         if value.is_meta and not layer.weight.is_meta:
-            raise CompensationMismatchError(f"{name}: the checkpoint's {tensor} was not loaded; do not pass ignore_mismatched_sizes")
+            message = f"{name}: the checkpoint's {tensor} was not loaded; do not pass ignore_mismatched_sizes"
+            raise _mismatch(message, f"no {tensor}", f"a {tensor} of shape {shape}")
+
+
+def _mismatch(message: str, got: str, expected: str) -> CompensationMismatchError:
+    return CompensationMismatchError("RTLynxConfig", "checkpoint", got, expected, message)
 
 
 AUTO_QUANTIZER_MAPPING[_Method.RTLYNX.value] = RTLynxQuantizer
