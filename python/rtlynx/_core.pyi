@@ -4,12 +4,20 @@ Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the la
 
 from typing import Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "RANK_MULTIPLE", "__version__", "Layer", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
+__all__ = ["ALIGNMENT", "BLOCK_COLS", "COUNTED_ROWS", "GROUP", "K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "PADDED_ROWS", "PADDING_WORD", "PIECE", "RANK_MULTIPLE", "TILE_ROWS", "__version__", "Layer", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
 
+ALIGNMENT: Final[int]
+BLOCK_COLS: Final[int]
+COUNTED_ROWS: Final[int]
+GROUP: Final[int]
 K_MULTIPLE: Final[int]
 MAX_RANK: Final[int]
 N_MULTIPLE: Final[int]
+PADDED_ROWS: Final[int]
+PADDING_WORD: Final[int]
+PIECE: Final[int]
 RANK_MULTIPLE: Final[int]
+TILE_ROWS: Final[int]
 __version__: Final[str]
 
 @final

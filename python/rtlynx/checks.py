@@ -13,10 +13,18 @@ from torch import Tensor
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.reference import E4M3, K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE, Activation, metadata_shape
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+"""What the kernels compute in."""
+SUPPORTED_DTYPES = {
+    "cuda": KERNEL_DTYPES,
+    "cpu": (*KERNEL_DTYPES, torch.float32),
+    "meta": (*KERNEL_DTYPES, torch.float32),  # not placed yet
+}
+"""Device type → the dtypes that a layer there may have."""
+ALIGNMENT = 16
+"""Bytes: the kernels load and store so many at a time."""
 _ACTIVATIONS = get_args(Activation)
 _ACTIVATIONS_OF_PRODUCTS = ("none", "gelu_tanh")
-_ALIGNMENT = 16  # bytes: the kernels load and store 16 at a time
 
 
 def check(op: str, argument: str, tensor: Tensor, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -41,10 +49,10 @@ def _fits(have: tuple[int, ...], shape: tuple[Any, ...]) -> bool:
 
 def check_dtype(op: str, argument: str, dtype: torch.dtype | None, device: torch.device) -> None:
     """Refuse what cannot be T on this device."""
-    if dtype in _KERNEL_DTYPES:
+    if dtype in KERNEL_DTYPES:
         return
     on_cpu = device.type == "cpu"
-    if not (on_cpu and dtype is torch.float32):
+    if not (on_cpu and dtype in SUPPORTED_DTYPES["cpu"]):
         expected = "bfloat16, float16 or float32" if on_cpu else "bfloat16 or float16"
         raise InvalidArgumentError(op, argument, f"dtype {dtype} on {device.type}", f"{expected} there")
 
@@ -241,7 +249,7 @@ def check_contiguous(op: str, arguments: tuple[str, ...], tensors: tuple[Tensor 
 def rows_readable(x: Tensor) -> bool:
     """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
     row, column = x.stride()
-    return column == 1 and row >= x.shape[1] and row * x.element_size() % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0
+    return column == 1 and row >= x.shape[1] and row * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
 
 
 def readable(x: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from rtlynx.apply import applied_config
+from rtlynx.checks import SUPPORTED_DTYPES
 from rtlynx.derived import only_permuted
-from rtlynx.eligibility import SUPPORTED_DTYPES, sparse_layers, target_modules
+from rtlynx.eligibility import sparse_layers, target_modules
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.linear import SparseLinear
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
+from rtlynx.checks import SUPPORTED_DTYPES
 from rtlynx.config import Precision, SparsityConfig
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import missing_kernels
@@ -16,13 +16,6 @@ from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import Recipe, find_recipe
 from rtlynx.reference import K_MULTIPLE, N_MULTIPLE
-
-SUPPORTED_DTYPES = {
-    "cuda": (torch.bfloat16, torch.float16),
-    "cpu": (torch.bfloat16, torch.float16, torch.float32),
-    "meta": (torch.bfloat16, torch.float16, torch.float32),  # not placed yet
-}
-"""Device type → the dtypes that have an implementation there."""
 
 
 @dataclass(frozen=True)

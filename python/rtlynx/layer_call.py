@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from rtlynx import launch
+from rtlynx.checks import ALIGNMENT
 from rtlynx.direct import direct
 from rtlynx.fp8 import kernel_dtype
 
 if TYPE_CHECKING:
     from rtlynx._core import Layer
     from rtlynx.linear import SparseLinear
-
-_ALIGNMENT = 16  # bytes: what the kernels load and store at a time
 
 
 class LayerCall:
@@ -85,7 +84,7 @@ class LayerCall:
             or not direct(input)
             or not input.is_contiguous()
             or input.shape[-1] != self._k
-            or input.data_ptr() % _ALIGNMENT
+            or input.data_ptr() % ALIGNMENT
             or _read(layer) != self._read
         ):
             return None

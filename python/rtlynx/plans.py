@@ -12,8 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
+from rtlynx.checks import KERNEL_DTYPES
 from rtlynx.errors import RTLynxError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.io import atomic_path
@@ -21,7 +20,7 @@ from rtlynx.reference import E4M3
 from rtlynx.version import __version__
 
 FORMAT = 1
-DTYPES = tuple(kernel_dtype(dtype, values_dtype) for values_dtype in (None, E4M3) for dtype in (torch.bfloat16, torch.float16))
+DTYPES = tuple(kernel_dtype(dtype, values_dtype) for values_dtype in (None, E4M3) for dtype in KERNEL_DTYPES)
 """The extension's names of the element types that the kernels serve; e4m3 ones have kernels on some GPUs only."""
 
 

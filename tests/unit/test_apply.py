@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import rtlynx
 from rtlynx import DeviceError, InvalidArgumentError, SparseLinear, SparsityConfig, eligibility, launch
-from rtlynx.eligibility import SUPPORTED_DTYPES
+from rtlynx.checks import SUPPORTED_DTYPES
 
 
 class Block(nn.Module):
@@ -258,7 +258,7 @@ def test_what_refuses_leaves_both_transformers_as_they_were() -> None:
 def extension(capability: tuple[int, int] = (9, 0), targets: tuple[str, ...] = ("sm_80",), driver: tuple[int, int] = (13, 0)) -> Any:
     def plan(capability: tuple[int, int], sms: int, **problem: Any) -> str:
         if capability < (8, 0):
-            raise DeviceError("compute capability 7.0 has no sparse tensor cores")
+            raise DeviceError("sparse_linear", "device", "7.0", "8.0", "compute capability 7.0 has no sparse tensor cores")
         return "spmm"
 
     return SimpleNamespace(

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-from rtlynx import _core, reference
+from rtlynx import _core, checks, fp8, fused, reference
 from rtlynx.errors import DeviceError, InvalidArgumentError
+from rtlynx.fp8 import kernel_dtype
 
 H200 = ((9, 0), 132)
 TENSOR = 1 << 20  # an aligned address that no test here ever dereferences
@@ -43,9 +45,37 @@ def test_version_is_that_of_the_installed_package() -> None:
     assert _core.__version__ == importlib.metadata.version("rtlynx")
 
 
-@pytest.mark.parametrize("name", ["K_MULTIPLE", "N_MULTIPLE", "RANK_MULTIPLE", "MAX_RANK"])
+LIMITS = ("K_MULTIPLE", "N_MULTIPLE", "RANK_MULTIPLE", "MAX_RANK")
+FORMAT = ("GROUP", "TILE_ROWS", "PADDED_ROWS", "BLOCK_COLS", "PIECE")
+
+
+@pytest.mark.parametrize("name", [*LIMITS, *FORMAT])
 def test_constants_are_those_of_the_reference(name: str) -> None:
     assert getattr(_core, name) == getattr(reference, name)
+
+
+def test_padding_is_that_of_the_reference() -> None:
+    metadata = reference.pack_metadata(reference.kept_positions(reference.keep_mask(torch.zeros(1, 64))))
+    assert {word & 0xFFFFFFFF for word in metadata.unique().tolist()} == {_core.PADDING_WORD}
+
+
+def test_what_python_prepares_for_the_kernels_is_what_they_count_on() -> None:
+    assert _core.ALIGNMENT == checks.ALIGNMENT
+    assert _core.COUNTED_ROWS == fused._COUNTED_ROWS
+
+
+def test_the_kernels_serve_the_dtypes_that_the_checks_let_through() -> None:
+    names = {kernel_dtype(dtype, values) for dtype in checks.KERNEL_DTYPES for values in (None, reference.E4M3)}
+    for name in names:
+        assert _core.candidates(*H200, 64, 64, 128, 0, name)
+    with pytest.raises(InvalidArgumentError, match="`dtype`"):
+        _core.candidates(*H200, 64, 64, 128, 0, kernel_dtype(torch.float32))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (9, 1), (10, 0), (10, 3), (12, 0), (12, 1)])
+def test_e4m3_has_kernels_where_layers_in_fp8_are_let_be(capability: tuple[int, int]) -> None:
+    candidates = _core.candidates(capability, 132, 64, 64, 128, 0, "bfloat16_e4m3")
+    assert bool(candidates) == (capability == fp8.CAPABILITY)
 
 
 def test_device_code_is_complete_or_absent() -> None:

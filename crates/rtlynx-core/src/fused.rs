@@ -12,6 +12,9 @@ use crate::problem::{Dtype, Presence, VECTOR_BYTES, VECTOR_ELEMENTS, at_least_ze
 /// Name of the operation in errors.
 pub const FUSED_LINEAR: &str = "fused_linear";
 
+/// Rows for which the binding allocates one counter of `progress`: no tile has fewer.
+pub const COUNTED_ROWS: i64 = 64;
+
 /// Select in a dense activation and multiply what is kept with a dense weight, scale rows, add the branch and the bias.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FusedLinearProblem {
@@ -72,7 +75,7 @@ pub struct FusedLinearTensors {
     pub bias: u64,
     /// `(m, rank)` in dtype, overwritten; absent without a branch
     pub branch: u64,
-    /// `(1 + ⌈m/64⌉,)` u32, zeros, overwritten; absent without a branch
+    /// `(1 + ⌈m/COUNTED_ROWS⌉,)` u32, zeros, overwritten; absent without a branch
     pub progress: u64,
     /// `(m, n)` in dtype, written
     pub out: u64,
@@ -258,10 +261,9 @@ mod tests {
         }
     }
 
-    /// The binding allocates a counter for every 64 rows and one more.
     #[test]
     fn no_tile_has_fewer_rows_than_the_counters_are_made_for() {
-        assert!(FUSED_TILES.iter().all(|tile| tile.bm >= 64));
+        assert!(FUSED_TILES.iter().all(|tile| tile.bm >= COUNTED_ROWS));
     }
 
     #[test]

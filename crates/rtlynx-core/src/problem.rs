@@ -13,7 +13,7 @@ pub const SPARSIFY: &str = "sparsify";
 pub const SPARSE_LINEAR: &str = "sparse_linear";
 
 /// Bytes that kernels load and store at a time: what every tensor's first element must be aligned to.
-pub(crate) const VECTOR_BYTES: u64 = 16;
+pub const VECTOR_BYTES: u64 = 16;
 /// Bytes of the mean and rstd of a row, which are loaded and stored together.
 pub(crate) const STATS_BYTES: u64 = 8;
 /// Elements of a 16-bit type in one vector.

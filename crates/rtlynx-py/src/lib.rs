@@ -39,4 +39,20 @@ mod _core {
     const RANK_MULTIPLE: i64 = rtlynx_core::format::RANK_MULTIPLE;
     #[pymodule_export]
     const MAX_RANK: i64 = rtlynx_core::format::MAX_RANK;
+    #[pymodule_export]
+    const GROUP: i64 = rtlynx_core::format::GROUP;
+    #[pymodule_export]
+    const TILE_ROWS: i64 = rtlynx_core::format::TILE_ROWS;
+    #[pymodule_export]
+    const PADDED_ROWS: i64 = rtlynx_core::format::PADDED_ROWS;
+    #[pymodule_export]
+    const BLOCK_COLS: i64 = rtlynx_core::format::BLOCK_COLS;
+    #[pymodule_export]
+    const PIECE: i64 = rtlynx_core::format::PIECE_COLS;
+    #[pymodule_export]
+    const PADDING_WORD: u32 = rtlynx_core::format::PADDING_WORD;
+    #[pymodule_export]
+    const ALIGNMENT: u64 = rtlynx_core::problem::VECTOR_BYTES;
+    #[pymodule_export]
+    const COUNTED_ROWS: i64 = rtlynx_core::fused::COUNTED_ROWS;
 }
