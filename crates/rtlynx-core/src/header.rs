@@ -109,6 +109,12 @@ pub(crate) fn fields<'a>(header: &'a str, name: &str) -> Vec<(&'a str, &'a str)>
         .collect()
 }
 
+/// The integers in the calls of a macro, call by call.
+pub(crate) fn calls(source: &str, name: &str) -> Vec<Vec<i64>> {
+    let lines = source.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('(')?.strip_suffix(')'));
+    lines.map(|arguments| arguments.split(", ").map(|argument| argument.parse().expect("an integer")).collect()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,5 +134,11 @@ mod tests {
         assert_eq!(known(&[("kGated", 0), ("kRank", 64)]), [4, 160, 3, 31, 5]);
         assert_eq!(known(&[("kGated", 1), ("kRank", 64)]), [4, 160, 2, 31, 5]);
         assert_eq!(known(&[("kGated", 0), ("kRank", 16)]), [4, 160, 4, 31, 5]);
+    }
+
+    #[test]
+    fn calls_are_those_of_the_macro_alone() {
+        let source = "#define TILES(a, b) \\\n  TILE(bf16, a, b)\nTILES(1, 2)\nTILES(3, 4)\nTILES_OF(5, 6)\n";
+        assert_eq!(calls(source, "TILES"), [[1, 2], [3, 4]]);
     }
 }

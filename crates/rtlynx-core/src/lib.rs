@@ -44,5 +44,7 @@ pub mod tuned;
 
 #[cfg(test)]
 mod header;
+#[cfg(test)]
+mod resources;
 
 pub use error::{Error, Result};
