@@ -90,7 +90,7 @@ fn select_ns(arch: &Arch, problem: &SparseLinearProblem) -> Result<i64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::Dtype;
+    use crate::dtype::Dtype;
 
     fn h200() -> Arch {
         Arch::from_capability((9, 0), 132)

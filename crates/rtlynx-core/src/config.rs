@@ -2,8 +2,8 @@
 
 use std::{fmt, iter};
 
+use crate::dtype::Dtype;
 use crate::format::TILE_ROWS;
-use crate::problem::Dtype;
 use crate::prologue::Activation;
 
 /// Launch geometry of one kernel on one problem.

@@ -173,7 +173,7 @@ fn estimated_ns(arch: &Arch, tile: &Tile, problem: &SparseLinearProblem) -> i64 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::Dtype;
+    use crate::dtype::Dtype;
     use crate::prologue::Prologue;
 
     fn h200() -> Arch {

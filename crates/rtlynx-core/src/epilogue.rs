@@ -1,7 +1,8 @@
 //! What may follow a product before it is stored.
 
+use crate::checks::{Presence, VECTOR_BYTES, pointer};
 use crate::error::{Error, Result};
-use crate::problem::{Presence, SPARSE_LINEAR, SparseLinearProblem, VECTOR_BYTES, pointer};
+use crate::problem::{SPARSE_LINEAR, SparseLinearProblem};
 use crate::prologue::Activation;
 
 /// Y, or what `activation` makes of it, is multiplied by the gate and added to the residual. The default leaves Y as it is.
@@ -52,7 +53,7 @@ impl Epilogue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::Dtype;
+    use crate::dtype::Dtype;
 
     const PROBLEM: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::Bf16, m: 6, n: 8, k: 64, rank: 0 };
     const OUT: u64 = 1024;

@@ -1,13 +1,14 @@
 //! The whole layer in one kernel: validate, plan, launch. `sparsify` and `sparse_linear` in one, for where that is faster.
 
+use crate::checks::{Presence, VECTOR_BYTES, VECTOR_ELEMENTS, at_least_zero, pointer, positive_multiple, valid_eps, valid_rank};
 use crate::config::{FUSED_TILES, FusedKernel, FusedTile, Kernel, Launch};
 use crate::device;
 use crate::dispatch::Arch;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{K_MULTIPLE, N_MULTIPLE, ceil_div};
 use crate::launch::{Place, enqueue};
 use crate::params::FusedParams;
-use crate::problem::{Dtype, Presence, VECTOR_BYTES, VECTOR_ELEMENTS, at_least_zero, pointer, positive_multiple, valid_eps, valid_rank};
 
 /// Name of the operation in errors.
 pub const FUSED_LINEAR: &str = "fused_linear";

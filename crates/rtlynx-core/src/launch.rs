@@ -242,8 +242,8 @@ fn overlapping() -> sys::CUlaunchAttribute {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::Dtype;
     use crate::error::Error;
-    use crate::problem::Dtype;
 
     const NOWHERE: Place = Place { device: 0, stream: 0 };
     const LINEAR: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::Bf16, m: 0, n: 8, k: 64, rank: 0 };

@@ -112,8 +112,8 @@ fn metadata_bytes(m: i64, k: i64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::Dtype;
     use crate::error::Error;
-    use crate::problem::Dtype;
     use crate::prologue::Prologue;
 
     const LAYER: Layer = Layer {

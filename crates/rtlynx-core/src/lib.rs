@@ -17,16 +17,20 @@
 //! | [`dispatch`] | pure: (architecture, problem) → kernel and launch geometry |
 //! | [`config`] | the kernels there are, as data: names, tiles, resources |
 //! | [`params`] | the struct each kernel takes, twin of `cuda/include/rtlynx/params.cuh` |
-//! | [`problem`] | which problems are valid |
-//! | [`prologue`] | what selection reads: an activation or a norm, a gate, a head |
 //! | [`epilogue`] | what follows a product: an activation, a residual, a gate |
+//! | [`problem`] | the problems of the two operations and their tensors, and which are valid |
+//! | [`prologue`] | what selection reads: an activation or a norm, a gate, a head |
+//! | [`checks`] | what is asked of sizes, strides and addresses, in one wording |
+//! | [`dtype`] | which element types there are, and their names |
 //! | [`format`](mod@format) | constants and sizes of the compressed format, twin of `cuda/include/rtlynx/format.cuh` |
 //! | [`error`] | everything that can go wrong |
 
 pub mod break_even;
+pub mod checks;
 pub mod config;
 pub mod device;
 pub mod dispatch;
+pub mod dtype;
 pub mod epilogue;
 pub mod error;
 pub mod format;

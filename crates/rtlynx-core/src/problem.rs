@@ -1,84 +1,15 @@
 //! Which problems are valid. Every number and pointer that reaches a kernel is checked here, once.
 
-use std::fmt;
-use std::str::FromStr;
-
+use crate::checks::{Presence, STATS_BYTES, VECTOR_BYTES, at_least_zero, pointer, positive_multiple, row_stride, valid_eps, valid_rank};
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::format::{K_MULTIPLE, MAX_RANK, N_MULTIPLE, RANK_MULTIPLE};
+use crate::format::{K_MULTIPLE, N_MULTIPLE};
 use crate::prologue::{Activation, Prologue};
 
 /// Name of the selection operation in errors.
 pub const SPARSIFY: &str = "sparsify";
 /// Name of the GEMM operation in errors.
 pub const SPARSE_LINEAR: &str = "sparse_linear";
-
-/// Bytes that kernels load and store at a time: what every tensor's first element must be aligned to.
-pub const VECTOR_BYTES: u64 = 16;
-/// Bytes of the mean and rstd of a row, which are loaded and stored together.
-pub(crate) const STATS_BYTES: u64 = 8;
-/// Elements of a 16-bit type in one vector.
-pub(crate) const VECTOR_ELEMENTS: i64 = 8;
-
-/// Element types of a layer: of activations, branch, bias and output, and of the two operands of the sparse product, which may be e4m3 instead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Dtype {
-    /// bfloat16
-    Bf16,
-    /// IEEE half precision
-    F16,
-    /// bfloat16 with operands of e4m3
-    Bf16E4m3,
-    /// IEEE half precision with operands of e4m3
-    F16E4m3,
-}
-
-impl Dtype {
-    /// Every combination the kernels serve.
-    pub const ALL: [Self; 4] = [Self::Bf16, Self::F16, Self::Bf16E4m3, Self::F16E4m3];
-    /// One type for everything.
-    pub const PLAIN: [Self; 2] = [Self::Bf16, Self::F16];
-
-    /// Reads torch's name of the type, with `_e4m3` behind it for such operands; `op` names the operation in the error.
-    pub fn parse(op: &'static str, name: &str) -> Result<Self> {
-        name.parse().map_err(|()| Error::invalid(op, "dtype", name, "bfloat16 or float16, or either with _e4m3 behind it"))
-    }
-
-    /// Whether the sparse product multiplies e4m3.
-    pub const fn has_e4m3_operands(self) -> bool {
-        matches!(self, Self::Bf16E4m3 | Self::F16E4m3)
-    }
-
-    /// Bytes of an element of the operands.
-    pub const fn operand_bytes(self) -> i64 {
-        if self.has_e4m3_operands() { 1 } else { 2 }
-    }
-}
-
-impl FromStr for Dtype {
-    type Err = ();
-
-    fn from_str(name: &str) -> std::result::Result<Self, ()> {
-        match name {
-            "bfloat16" => Ok(Self::Bf16),
-            "float16" => Ok(Self::F16),
-            "bfloat16_e4m3" => Ok(Self::Bf16E4m3),
-            "float16_e4m3" => Ok(Self::F16E4m3),
-            _ => Err(()),
-        }
-    }
-}
-
-/// As it stands in kernel names.
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
-            Self::Bf16E4m3 => "bf16e4m3",
-            Self::F16E4m3 => "f16e4m3",
-        })
-    }
-}
 
 /// Select, compress, measure and project one activation.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -152,14 +83,6 @@ impl SparsifyProblem {
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.m == 0
-    }
-}
-
-pub(crate) fn row_stride(op: &'static str, argument: &'static str, got: i64, columns: i64) -> Result<()> {
-    if got >= columns && got % VECTOR_ELEMENTS == 0 {
-        Ok(())
-    } else {
-        Err(Error::invalid(op, argument, got, format!("a multiple of {VECTOR_ELEMENTS}, at least {columns}")))
     }
 }
 
@@ -297,52 +220,6 @@ impl SparseLinearTensors {
     }
 }
 
-/// Whether a tensor may be absent.
-#[derive(Clone, Copy)]
-pub(crate) enum Presence {
-    Required,
-    Optional,
-    Forbidden(&'static str),
-}
-
-pub(crate) fn pointer(op: &'static str, argument: &'static str, address: u64, presence: Presence, alignment: u64) -> Result<()> {
-    match presence {
-        Presence::Required if address == 0 => Err(Error::invalid(op, argument, "no tensor", "a tensor")),
-        Presence::Forbidden(why) if address != 0 => Err(Error::invalid(op, argument, "a tensor", format!("none: {why}"))),
-        _ if !address.is_multiple_of(alignment) => {
-            Err(Error::invalid(op, argument, format!("address {address:#x}"), format!("an address aligned to {alignment} bytes")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Kernels index rows and columns with 32-bit integers, and pad rows up to a block.
-const MAX_SIZE: i64 = i32::MAX as i64 - 256;
-
-pub(crate) fn at_least_zero(op: &'static str, argument: &'static str, got: i64) -> Result<()> {
-    if (0..=MAX_SIZE).contains(&got) { Ok(()) } else { Err(Error::invalid(op, argument, got, format!("0 to {MAX_SIZE}"))) }
-}
-
-pub(crate) fn positive_multiple(op: &'static str, argument: &'static str, got: i64, of: i64) -> Result<()> {
-    if got > 0 && got <= MAX_SIZE && got % of == 0 {
-        Ok(())
-    } else {
-        Err(Error::invalid(op, argument, got, format!("a positive multiple of {of}, at most {MAX_SIZE}")))
-    }
-}
-
-pub(crate) fn valid_rank(op: &'static str, got: i64) -> Result<()> {
-    if (0..=MAX_RANK).contains(&got) && got % RANK_MULTIPLE == 0 {
-        Ok(())
-    } else {
-        Err(Error::invalid(op, "rank", got, format!("a multiple of {RANK_MULTIPLE}, 0 to {MAX_RANK}")))
-    }
-}
-
-pub(crate) fn valid_eps(op: &'static str, got: f32) -> Result<()> {
-    if got >= 0.0 && got.is_finite() { Ok(()) } else { Err(Error::invalid(op, "eps", got, "a finite number, at least 0")) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,7 +267,7 @@ mod tests {
     };
 
     /// The argument a refusal names.
-    fn refused<T: fmt::Debug>(result: Result<T>) -> &'static str {
+    fn refused<T: std::fmt::Debug>(result: Result<T>) -> &'static str {
         match result {
             Err(Error::InvalidArgument { argument, .. }) => argument,
             other => panic!("expected a refusal, got {other:?}"),
@@ -509,14 +386,5 @@ mod tests {
         assert_eq!(refused(SparsifyTensors { gate: 16, ..bare }.validate(&good)), "gate");
         assert_eq!(refused(bare.validate(&SPARSIFY_OK)), "norm_stats");
         assert_eq!(refused(SparsifyTensors { norm_bias: 16, ..SPARSIFY_TENSORS }.validate(&SPARSIFY_OK)), "norm_bias");
-    }
-
-    #[test]
-    fn dtypes_are_torch_names() {
-        assert_eq!(Dtype::parse(SPARSIFY, "bfloat16"), Ok(Dtype::Bf16));
-        assert_eq!(Dtype::parse(SPARSIFY, "float16"), Ok(Dtype::F16));
-        assert_eq!(Dtype::parse(SPARSIFY, "bfloat16_e4m3"), Ok(Dtype::Bf16E4m3));
-        assert_eq!(Dtype::parse(SPARSIFY, "float16_e4m3"), Ok(Dtype::F16E4m3));
-        assert_eq!(refused(Dtype::parse(SPARSIFY, "float32")), "dtype");
     }
 }

@@ -1,8 +1,8 @@
 //! What the tables of kernels say of a launch, threads and shared memory, is what the CUDA sources lay out.
 
 use crate::config::{FUSED_TILES, Family, FusedTile, ProbeKernel, RowStatsKernel, SparsifyKernel, TILES, Tile};
+use crate::dtype::Dtype;
 use crate::header::{calls, constants};
-use crate::problem::Dtype;
 use crate::prologue::Activation;
 
 macro_rules! source {

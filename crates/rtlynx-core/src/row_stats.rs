@@ -1,13 +1,14 @@
 //! Mean and deviation of every row of a matrix, for a norm that selection then does itself: validate, plan, launch.
 
+use crate::checks::{Presence, STATS_BYTES, VECTOR_BYTES, at_least_zero, pointer, positive_multiple, row_stride, valid_eps};
 use crate::config::{Kernel, Launch, RowStatsKernel};
 use crate::device;
 use crate::dispatch::Arch;
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::{K_MULTIPLE, ceil_div};
 use crate::launch::{Place, enqueue};
 use crate::params::RowStatsParams;
-use crate::problem::{Dtype, Presence, STATS_BYTES, VECTOR_BYTES, at_least_zero, pointer, positive_multiple, row_stride, valid_eps};
 
 /// Name of the operation in errors.
 pub const ROW_STATS: &str = "row_stats";

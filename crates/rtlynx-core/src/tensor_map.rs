@@ -12,10 +12,11 @@ use cudarc::driver::sys::{
 
 use crate::config::{SparsifyKernel, Tile};
 use crate::device::check;
+use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::format::PIECE_COLS;
 use crate::params::Address;
-use crate::problem::{Dtype, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::problem::{SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use crate::prologue::Prologue;
 
 /// Columns of the branch in one pipeline stage.

@@ -70,7 +70,7 @@ fn put(device: i32, problem: &SparseLinearProblem, kernel: Option<SpmmKernel>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::Dtype;
+    use crate::dtype::Dtype;
 
     const PROBLEM: SparseLinearProblem = SparseLinearProblem { dtype: Dtype::Bf16, m: 4096, n: 3072, k: 3072, rank: 64 };
 

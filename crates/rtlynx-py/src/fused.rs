@@ -1,9 +1,9 @@
 //! The whole layer in one kernel, on raw device addresses. Shapes, devices and lifetimes are `rtlynx.fused`'s business.
 
 use pyo3::prelude::*;
+use rtlynx_core::dtype::Dtype;
 use rtlynx_core::fused::{self, FUSED_LINEAR, FusedLinearProblem, FusedLinearTensors};
 use rtlynx_core::launch::Place;
-use rtlynx_core::problem::Dtype;
 
 use crate::error::to_python;
 

@@ -3,7 +3,8 @@
 use pyo3::prelude::*;
 use rtlynx_core::break_even;
 use rtlynx_core::dispatch::{self, Arch};
-use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SparseLinearProblem};
+use rtlynx_core::dtype::Dtype;
+use rtlynx_core::problem::{SPARSE_LINEAR, SparseLinearProblem};
 use rtlynx_core::{device, kernels, tuned};
 
 use crate::error::to_python;

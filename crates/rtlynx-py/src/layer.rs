@@ -1,8 +1,9 @@
 //! A layer on raw device addresses, for eager calls. Shapes, devices and lifetimes are `rtlynx.layer_call`'s business.
 
 use pyo3::prelude::*;
+use rtlynx_core::dtype::Dtype;
 use rtlynx_core::layer;
-use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use rtlynx_core::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use rtlynx_core::prologue::Prologue;
 
 use crate::error::to_python;

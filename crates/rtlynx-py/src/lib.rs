@@ -52,7 +52,7 @@ mod _core {
     #[pymodule_export]
     const PADDING_WORD: u32 = rtlynx_core::format::PADDING_WORD;
     #[pymodule_export]
-    const ALIGNMENT: u64 = rtlynx_core::problem::VECTOR_BYTES;
+    const ALIGNMENT: u64 = rtlynx_core::checks::VECTOR_BYTES;
     #[pymodule_export]
     const COUNTED_ROWS: i64 = rtlynx_core::fused::COUNTED_ROWS;
 }

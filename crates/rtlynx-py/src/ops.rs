@@ -1,9 +1,10 @@
 //! The two operations on raw device addresses. Shapes, devices and lifetimes are `rtlynx.ops`' business.
 
 use pyo3::prelude::*;
+use rtlynx_core::dtype::Dtype;
 use rtlynx_core::epilogue::Epilogue;
 use rtlynx_core::launch::{self, Place};
-use rtlynx_core::problem::{Dtype, SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use rtlynx_core::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
 use rtlynx_core::prologue::{Activation, Prologue};
 
 use crate::error::to_python;

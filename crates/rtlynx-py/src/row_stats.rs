@@ -1,8 +1,8 @@
 //! Mean and deviation of rows on raw device addresses. Shapes, devices and lifetimes are `rtlynx.row_stats`' business.
 
 use pyo3::prelude::*;
+use rtlynx_core::dtype::Dtype;
 use rtlynx_core::launch::Place;
-use rtlynx_core::problem::Dtype;
 use rtlynx_core::row_stats::{self, ROW_STATS, RowStatsProblem, RowStatsTensors};
 
 use crate::error::to_python;
