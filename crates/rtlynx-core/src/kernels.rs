@@ -151,7 +151,7 @@ mod tests {
         let ops = ops.chain(FusedKernel::all().map(Kernel::Fused)).chain(RowStatsKernel::all().map(Kernel::RowStats));
         let named: BTreeSet<String> = ops.chain(ProbeKernel::all().map(Kernel::Probe)).map(|kernel| kernel.to_string()).collect();
         let named: BTreeSet<&str> = named.iter().map(String::as_str).collect();
-        assert_eq!(embedded, named, "left: embedded device code, right: crates/rtlynx-core/src/config.rs");
+        assert_eq!(embedded, named, "left: embedded device code, right: crates/rtlynx-core/src/config");
     }
 
     #[test]
