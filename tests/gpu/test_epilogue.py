@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import MODEL_SHAPES, OPERANDS, TAIL_SHAPES
 from torch import Tensor
 
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, fp8, ops
 from rtlynx.reference import Activation, finished
+from shapes import MODEL_SHAPES, OPERANDS, TAIL_SHAPES
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import MODEL_SHAPES, RANKS, TAIL_SHAPES
 from torch import Tensor
 
 from rtlynx import InvalidArgumentError, reference
 from rtlynx.fused import fused_linear
+from shapes import MODEL_SHAPES, RANKS, TAIL_SHAPES
 
 DTYPES = [torch.bfloat16, torch.float16]
 TOLERANCE = {torch.bfloat16: 2.5e-3, torch.float16: 3.5e-4}

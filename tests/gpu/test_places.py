@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import OPERANDS
 
 from permutations import in_windows
 from rtlynx import SparseLinear, ops, reference
 from rtlynx.reference import Activation
+from shapes import OPERANDS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import MODEL_SHAPES, OPERANDS, RANKS, TAIL_SHAPES
 from torch import Tensor
 
 from rtlynx import InvalidArgumentError, fp8, ops, reference
+from shapes import MODEL_SHAPES, OPERANDS, RANKS, TAIL_SHAPES
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

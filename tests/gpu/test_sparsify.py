@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import MODEL_SHAPES, OPERANDS, RANKS, TAIL_SHAPES
 
 from rtlynx import ops, reference
 from rtlynx.reference import Activation
+from shapes import MODEL_SHAPES, OPERANDS, RANKS, TAIL_SHAPES
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = [torch.bfloat16, torch.float16]
-MK = sorted({(m, k) for m, _, k in TAIL_SHAPES + MODEL_SHAPES})
+LARGE = 1 << 23
+"""Elements of X from which on its test is one of a large layer."""
+MK = [
+    pytest.param(m, k, marks=[pytest.mark.large] if m * k >= LARGE else [])
+    for m, k in sorted({(m, k) for m, _, k in TAIL_SHAPES + MODEL_SHAPES})
+]
 
 
 def token_like(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:

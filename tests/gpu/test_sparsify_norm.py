@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import OPERANDS
 from test_sparsify import DTYPES, MK, assert_same, token_like
 from torch import Tensor
 
 from rtlynx import ops, reference
 from rtlynx.row_stats import row_stats
+from shapes import OPERANDS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

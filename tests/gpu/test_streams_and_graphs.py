@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import OPERANDS
 from torch import Tensor
 
 from rtlynx import fp8, ops, reference
+from shapes import OPERANDS
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
