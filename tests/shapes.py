@@ -65,7 +65,18 @@ TAIL_SHAPES = [
     (129, 264, 1152),
     (200, 8, 64),
 ]
-"""Small problems that leave every tile, block, pipeline stage and word partly filled."""
+"""Small problems that leave every tile, block, pipeline stage and word partly filled, on whichever kernel is planned for them."""
+
+KERNEL_SIZES = [(1, 8), (257, 200)]
+"""(M, N) that leave every GEMM kernel's tiles partly filled: its only one, and the last of several in both directions."""
+KERNEL_DEPTHS = [64, 128, 192, 320, 384, 576, 832]
+"""K that give every GEMM kernel fewer steps than its pipeline has stages, and more; with e4m3 operands also half a step at the end."""
+
+KERNEL_RANKS = [0, 32, 80]
+"""No branch, one that fills what a kernel takes at once, one that leaves the last of it partly filled."""
+
+MANY_TILES = (300, 13832)
+"""(M, N) of more tiles than a Hopper has multiprocessors: a block of a persistent kernel goes on to a second one."""
 
 RANKS = [0, 16, 32, 48, 64, 80, 128]
 

@@ -84,13 +84,6 @@ def test_epilogue(rank: int, with_bias: bool, norm_compensation: bool, dtype: to
     check(200, 328, 320, rank, dtype, values_dtype, with_bias, norm_compensation)
 
 
-@pytest.mark.parametrize("m, n", [(64, 64), (300, 72), (2000, 136), (2000, 1160), (5000, 3072)], ids=str)
-@pytest.mark.parametrize("k", [64, 128, 192, 256, 320])
-@pytest.mark.parametrize("values_dtype", OPERANDS)
-def test_every_tile_with_fewer_steps_than_stages(m: int, n: int, k: int, values_dtype: torch.dtype | None) -> None:
-    check(m, n, k, 32, torch.bfloat16, values_dtype)
-
-
 def test_matches_the_dense_layer_when_nothing_is_dropped() -> None:
     """An input that is 2:4 already must give what F.linear gives: an oracle that shares no code with the format."""
     x = torch.randn(300, 64, 4, device="cuda", dtype=torch.bfloat16)
