@@ -20,6 +20,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from rtlynx.patterns import expand_braces
+
 
 @dataclass(frozen=True)
 class Tiny:
@@ -127,10 +129,27 @@ def _z_image_inputs(device: torch.device | str, dtype: torch.dtype, side: int = 
     }
 
 
+SPARSE_LAYERS: dict[str, set[str]] = {
+    "flux": {
+        *expand_braces("transformer_blocks.0.attn.{to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out}"),
+        *expand_braces("transformer_blocks.0.{ff,ff_context}.net.{0.proj,2}"),
+        *expand_braces("single_transformer_blocks.{0,1}.{attn.to_q,attn.to_k,attn.to_v,proj_mlp,proj_out}"),
+    },
+    "qwen_image": {
+        *expand_braces("transformer_blocks.{0,1}.attn.{to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out}"),
+        *expand_braces("transformer_blocks.{0,1}.{img_mlp,txt_mlp}.net.{0.proj,2}"),
+    },
+    "z_image": {
+        *expand_braces("{layers.0,layers.1,noise_refiner.0,context_refiner.0}.attention.{to_q,to_k,to_v,to_out.0}"),
+        *expand_braces("{layers.0,layers.1,noise_refiner.0,context_refiner.0}.feed_forward.{w1,w2,w3}"),
+    },
+}
+"""Which layers of the models of `TINY` their recipes make sparse."""
+
 TINY: dict[str, Tiny] = {
-    "flux": Tiny(_flux, _flux_inputs, 12 + 2 * 5),
-    "qwen_image": Tiny(_qwen_image, _qwen_image_inputs, 2 * 12),
-    "z_image": Tiny(_z_image, _z_image_inputs, (2 + 1 + 1) * 7),
+    "flux": Tiny(_flux, _flux_inputs, len(SPARSE_LAYERS["flux"])),
+    "qwen_image": Tiny(_qwen_image, _qwen_image_inputs, len(SPARSE_LAYERS["qwen_image"])),
+    "z_image": Tiny(_z_image, _z_image_inputs, len(SPARSE_LAYERS["z_image"])),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 import rtlynx
 from rtlynx import ops, reference
 from sparse_models import MODELS
-from tiny_models import TINY, output, relative_error
+from tiny_models import SPARSE_LAYERS, TINY, output, relative_error
 
 FAMILIES = sorted(MODELS)
 DTYPES = [torch.bfloat16, torch.float16]
@@ -51,6 +51,7 @@ def test_apply_forward_remove_round_trip(family: str) -> None:
     rtlynx.apply(model, ALWAYS)
     rows = [row for row in rtlynx.summary(model, tokens=512) if row.sparse]
     assert len(rows) == tiny.sparse_layers
+    assert family not in SPARSE_LAYERS or {row.name for row in rows} == SPARSE_LAYERS[family]
     assert all(row.kernel.startswith("spmm_sm") for row in rows)
     sparse = output(model, inputs)
     assert 1e-3 < relative_error(sparse, dense) < 1
