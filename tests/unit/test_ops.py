@@ -77,6 +77,42 @@ def test_no_tokens() -> None:
     assert forward(torch.empty(0, 128), weight, down, up, bias).shape == (0, 24)
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("branch_input", ["dropped", "input"])
+def test_a_non_finite_token_spoils_its_row_and_no_other(branch_input: reference.BranchInput, bad: float, dtype: torch.dtype) -> None:
+    weight, down, up, bias = (t.to(dtype) for t in layer())
+    x = torch.randn(70, 128).to(dtype)
+    want = forward(x, weight, down, up, bias, branch_input)
+    x[17, 3] = bad
+    got = forward(x, weight, down, up, bias, branch_input)
+    others = torch.arange(70) != 17
+    assert got[17].isnan().all()
+    assert torch.equal(got[others], want[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_zero_row_gives_the_bias(dtype: torch.dtype) -> None:
+    weight, down, up, bias = (t.to(dtype) for t in layer())
+    x = torch.randn(70, 128).to(dtype)
+    x[17], x[18] = 0, -0.0
+    assert ops.sparsify(x).row_scale[17:19].tolist() == [0, 0]
+    assert torch.equal(forward(x, weight, down, up, bias)[17:19], bias.expand(2, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_of_equal_channels_the_lower_ones_are_multiplied(dtype: torch.dtype) -> None:
+    """With the identity as weight the output is S(X)."""
+    x = torch.tensor([[1, -1, 1, 1], [0, 2, -2, 2], [0, -0.0, 0, 3], [3, 1, -1, 1]]).to(dtype).repeat(1, 16)
+    s = ops.sparsify(x)
+    got = ops.sparse_linear(s.values, s.metadata, torch.eye(64, dtype=dtype))
+    want = torch.tensor([[1, -1, 0, 0], [0, 2, -2, 0], [0, 0, 0, 3], [3, 1, 0, 0]]).to(dtype).repeat(1, 16)
+    assert torch.equal(got, want)
+
+
 def test_strided_input_is_read_as_it_is() -> None:
     x = torch.randn(128, 20).T
     got, want = ops.sparsify(x), ops.sparsify(x.contiguous())
