@@ -46,6 +46,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def test(session: nox.Session) -> None:
     """Everything that needs no GPU: lint, Rust and Python tests, all device code compiled without a warning or a spill."""
+    require_rust(session, "fmt", "clippy")
     install(session, "[dev]")
     check_style(session)
     run(session, "cargo", "test", "--workspace", "--locked")
@@ -128,6 +129,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Format, style, types and the generated stub. Part of `test`."""
+    require_rust(session, "fmt", "clippy")
     install(session, "[dev]")
     check_style(session)
 
@@ -178,13 +180,25 @@ def run(
 
 def install(session: nox.Session, extra: str = "", *, strict: bool = True) -> None:
     """Install the working tree, editable; compiles the Rust extension and the kernels."""
-    if shutil.which("cargo") is None:
-        session.error("rtlynx is partly Rust: install a Rust toolchain first (https://rustup.rs)")
+    require_rust(session)
     if not BIN.is_dir():
         session.run(sys.executable, "-m", "venv", str(HOME), external=True)
     _, backend = build_requirements()
     run(session, "python", "-m", "pip", "install", *backend)
     run(session, "python", "-m", "pip", "install", "--no-build-isolation", "-e", f".{extra}", strict=strict)
+
+
+def require_rust(session: nox.Session, *commands: str) -> None:
+    """End the session, before it has taken minutes, where cargo or one of these commands of it is missing."""
+    if shutil.which("cargo") is None:
+        oldest_rust = nox.project.load_toml("Cargo.toml")["workspace"]["package"]["rust-version"]
+        session.error(f"rtlynx is partly Rust: install Rust {oldest_rust} or newer first (https://rustup.rs)")
+    components = {"fmt": "rustfmt", "clippy": "clippy"}
+    # Asked for its version, since rustup has a program of that name in any case.
+    unusable = [name for name in commands if subprocess.run(["cargo", name, "--version"], capture_output=True, check=False).returncode]
+    if unusable:
+        missing = " ".join(components[name] for name in unusable)
+        session.error(f"this Rust toolchain lacks {missing}: rustup component add {missing}")
 
 
 def build_requirements() -> tuple[list[str], list[str]]:
