@@ -62,7 +62,7 @@ def test_gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def sanitize(session: nox.Session) -> None:
-    """The GPU tests under compute-sanitizer: accesses out of bounds, races in shared memory, reads of memory never written.
+    """The GPU tests under compute-sanitizer: accesses out of bounds; for the kernels also races and reads of what was never written.
 
     Most runs look at this project's kernels only. Reads of memory never written are found only where every kernel's writes are seen, so
     there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In a few tests
