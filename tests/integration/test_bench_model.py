@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 import rtlynx
 from rtlynx import SparseLinear
 from rtlynx.bench.breakdown import apart, kind, milliseconds_by_kind
-from rtlynx.bench.calibration import measure_calibration
+from rtlynx.bench.calibration import CalibrationTimes, measure_calibration
 from rtlynx.bench.models import MODELS, BenchModel
 from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.bench.step import StepTimes, measure_step
 from rtlynx.bench.step_results import draw_steps, read_steps, save_picture, write_steps
+from rtlynx.cli import bench_calibrate
 from rtlynx.eligibility import sparse_layers
 
 CPU = torch.device("cpu")
@@ -206,3 +208,21 @@ def test_calibration_of_every_model(name: str) -> None:
     assert (times.model, times.method, times.selection, times.rank) == (name, "split", "shift", 16)
     assert times.layers > 0 and times.passes == 1 and times.peak_gb == 0
     assert times.total_s > times.model_s > 0 and times.solving_s == pytest.approx(times.total_s - times.model_s)
+
+
+def test_an_interrupted_calibration_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(model: BenchModel, device: torch.device, *, method: str, rank: int, prompts: int, steps: int) -> CalibrationTimes:
+        if method == "joint":
+            raise KeyboardInterrupt
+        return CalibrationTimes(model.name, 1024, 1024, method, "shift", rank, 304, prompts, steps, 1, 10.0, 6.0, 4.0, 50.0)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("rtlynx.cli.bench.require_gpu", lambda: None)
+    monkeypatch.setattr("rtlynx.bench.machine.gpu_slug", lambda: "a-gpu")
+    monkeypatch.setattr("rtlynx.bench.machine.describe", lambda command, *_: [f"command: {command}"])
+    monkeypatch.setattr("rtlynx.bench.calibration.measure_calibration", measure)
+    with pytest.raises(KeyboardInterrupt):
+        bench_calibrate.calibrate("z-image", random_weights=True, method=["split", "paper", "joint"], out=tmp_path)
+    header, *lines = (tmp_path / "a-gpu" / "calibration.csv").read_text().splitlines()
+    assert header.startswith("# command: rtlynx bench calibrate --model z-image") and "--method joint" in header
+    assert [row["method"] for row in csv.DictReader(lines)] == ["split", "paper"]

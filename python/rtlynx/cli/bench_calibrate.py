@@ -43,15 +43,19 @@ def calibrate(
         raise InvalidArgumentError("bench calibrate", "--method", ", ".join(sorted(unknown)), ", ".join(METHODS))
     require_gpu()
     device = torch.device("cuda", torch.cuda.current_device())
-    rows = [measure_calibration(MODELS[name], device, method=each, rank=rank, prompts=prompts, steps=steps) for each in methods]
+    given = " ".join(f"--method {each}" for each in methods)
+    command = f"rtlynx bench calibrate --model {name} --random-weights {given} --rank {rank} --prompts {prompts} --steps {steps}"
+    # Before anything is written: git may track the file, and would then call the commit one with changes.
+    header = describe(command, commit, "one run of each, random weights and inputs")
+    path = None if out is None else out / gpu_slug() / "calibration.csv"
+    rows: list[CalibrationTimes] = []
+    for each in methods:
+        rows.append(measure_calibration(MODELS[name], device, method=each, rank=rank, prompts=prompts, steps=steps))
+        if path is not None:  # after each: a method takes minutes, and what has been measured outlives an interruption
+            write_csv(path, header, rows, CalibrationTimes)
     columns = [Column(key, key) for key in ("method", "selection", "rank", "layers", "prompts", "steps", "passes")]
     columns += [Column(key, key.replace("_", " "), "{:.1f}") for key in ("total_s", "model_s", "solving_s", "peak_gb")]
     console = Console(highlight=False)
     console.print(terminal_table(columns, [asdict(row) for row in rows], title=f"{name}, random weights"))
-    if out is None:
-        return
-    path = out / gpu_slug() / "calibration.csv"
-    given = " ".join(f"--method {each}" for each in methods)
-    command = f"rtlynx bench calibrate --model {name} --random-weights {given} --rank {rank} --prompts {prompts} --steps {steps}"
-    write_csv(path, describe(command, commit, "one run of each, random weights and inputs"), rows, CalibrationTimes)
-    console.print(f"wrote {path}")
+    if path is not None:
+        console.print(f"wrote {path}")
