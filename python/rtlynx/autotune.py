@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rtlynx import launch, ops, plans
-from rtlynx.bench.timing import time_interleaved
 from rtlynx.config import Precision
 from rtlynx.eligibility import all_sparse_layers, target_modules
 from rtlynx.errors import DeviceError, InvalidArgumentError
@@ -22,6 +21,7 @@ from rtlynx.fp8 import element_types, kernel_dtype, quantize_weight
 from rtlynx.linear import SparseLinear
 from rtlynx.plans import Machine, Problem
 from rtlynx.reference import E4M3
+from rtlynx.timing import time_interleaved
 
 _OP = "autotune"
 _WORTH_IT = 0.99

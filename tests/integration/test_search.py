@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import rtlynx
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
-from rtlynx.bench.layer import LayerTimes
 from rtlynx.bench.results import write_csv
 from rtlynx.cli import app
 from rtlynx.demo.captions import caption
@@ -21,6 +20,7 @@ from rtlynx.demo.pipeline import ScenesPipeline
 from rtlynx.demo.scenes import random_scenes
 from rtlynx.eligibility import sparse_layers
 from rtlynx.evaluate.trajectory import Trajectory
+from rtlynx.layer_times import LayerTimes
 from rtlynx.recipe_file import read_recipe
 from rtlynx.search import Search, plot_pareto
 from rtlynx.search.effects import Effects

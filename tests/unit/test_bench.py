@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from rtlynx import _core
 from rtlynx.bench import peers
 from rtlynx.bench.energy import Energy
-from rtlynx.bench.layer import LayerTimes
 from rtlynx.bench.peers import Operands, Unavailable, prepare
 from rtlynx.bench.plot import plots
 from rtlynx.bench.probe import Limits
-from rtlynx.bench.results import break_even, geometric_mean, read_csv, write_csv
+from rtlynx.bench.results import break_even, geometric_mean, write_csv
 from rtlynx.bench.shapes import FEATURES, FEW_TOKENS, SHAPES
 from rtlynx.cli import app
 from rtlynx.errors import DeviceError, InvalidArgumentError
+from rtlynx.layer_times import LayerTimes, read_csv
 from rtlynx.reference import K_MULTIPLE, N_MULTIPLE
 
 ROW = LayerTimes(

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtlynx import ops
-from rtlynx.bench.timing import time_interleaved
 from rtlynx.fp8 import missing_kernels
 from rtlynx.reference import E4M3, K_MULTIPLE, Activation, activated, permutation_of
 from rtlynx.row_stats import row_stats
+from rtlynx.timing import time_interleaved
 
 
 @dataclass(frozen=True)

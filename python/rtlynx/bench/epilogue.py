@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtlynx import ops
-from rtlynx.bench.timing import time_interleaved
 from rtlynx.fp8 import missing_kernels, quantize_weight
 from rtlynx.reference import E4M3
+from rtlynx.timing import time_interleaved
 
 
 @dataclass(frozen=True)

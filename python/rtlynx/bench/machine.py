@@ -17,7 +17,7 @@ def gpu_slug() -> str:
 
 
 BURSTS = "medians of CUDA-event times in ms, cold L2, random data, candidates interleaved"
-"""How `rtlynx.bench.timing` measures."""
+"""How `rtlynx.timing` measures."""
 
 
 def describe(command: str, commit: str | None = None, method: str = BURSTS) -> list[str]:

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rtlynx.bench.layer import LayerTimes
-from rtlynx.bench.results import read_csv
 from rtlynx.io import atomic_path
+from rtlynx.layer_times import LayerTimes, read_csv
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

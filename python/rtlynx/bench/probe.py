@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rtlynx import _core, ops
-from rtlynx.bench.timing import time_interleaved
+from rtlynx.timing import time_interleaved
 
 PROBES = ("dense_ss", "dense_rs", "sparse_ss", "sparse_rs")
 """wgmma m64n192k16 and wgmma.sp m64n192k32, A from shared memory (ss) or from registers (rs)."""

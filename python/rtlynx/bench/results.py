@@ -13,8 +13,8 @@ from rtlynx.bench.activation import ActivationTimes
 from rtlynx.bench.calibration import CalibrationTimes
 from rtlynx.bench.energy import Energy
 from rtlynx.bench.epilogue import EpilogueTimes
-from rtlynx.bench.layer import LayerTimes
 from rtlynx.io import atomic_path
+from rtlynx.layer_times import LayerTimes
 
 Row = LayerTimes | Energy | ActivationTimes | EpilogueTimes | CalibrationTimes
 
@@ -29,16 +29,6 @@ def write_csv(path: Path, header: Iterable[str], rows: Iterable[Row], kind: type
         writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in asdict(row).items()})
     with atomic_path(path) as temporary:
         temporary.write_text(text.getvalue())
-
-
-def read_csv(path: Path) -> tuple[dict[str, str], list[LayerTimes]]:
-    """The header, by what stands before the first colon of a line, and the rows. Columns that a file of an older version lacks are NaN."""
-    lines = path.read_text().splitlines()
-    notes = (line[1:].partition(":") for line in lines if line.startswith("#"))
-    header = {key.strip(): value.strip() for key, colon, value in notes if colon}
-    convert = {field.name: {"int": int, "float": float, "str": str}[str(field.type)] for field in fields(LayerTimes)}
-    reader = csv.DictReader(line for line in lines if not line.startswith("#"))
-    return header, [LayerTimes(**{key: convert[key](value) for key, value in row.items()}) for row in reader]
 
 
 def geometric_mean(values: Iterable[float]) -> float:

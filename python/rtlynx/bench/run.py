@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from rtlynx.bench import cutlass_build
-from rtlynx.bench.layer import LayerTimes, measure_layer
+from rtlynx.bench.layer import measure_layer
 from rtlynx.bench.probe import measure_limits
+from rtlynx.layer_times import LayerTimes
 
 
 @dataclass(frozen=True)

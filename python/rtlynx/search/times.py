@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rtlynx.bench.layer import LayerTimes
-from rtlynx.bench.results import read_csv
-from rtlynx.bench.timing import time_interleaved
 from rtlynx.config import Precision, SparsityConfig
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.layer_times import LayerTimes, read_csv
 from rtlynx.linear import SparseLinear
 from rtlynx.search.options import Option, Unit
 from rtlynx.sharing import InputGroup
+from rtlynx.timing import time_interleaved
 
 WORK = "work"
 """Count what tensor cores do, whatever the kernels reach: a sparse product half of a dense one, a branch by its rank."""

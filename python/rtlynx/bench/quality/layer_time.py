@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from rtlynx.bench.timing import time_interleaved
 from rtlynx.calibrate.collect import LayerInput
+from rtlynx.timing import time_interleaved
 
 
 @torch.no_grad()
