@@ -143,19 +143,20 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The sdist, and the wheel made from it, in dist/; the wheel is then installed and used in an environment of its own."""
+    """The sdist, and the wheel made from it, in dist/; the wheel is then installed and used in environments of their own.
+
+    One of them has another version of Python, if the machine has one: the wheel is meant to serve all.
+    """
     session.install("build", "twine")
     shutil.rmtree("dist", ignore_errors=True)
     session.run("python", "-m", "build", "--outdir", "dist")  # makes the wheel from the sdist, so both are known to build
     session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
     (wheel,) = Path("dist").resolve().glob("*.whl")
-    with tempfile.TemporaryDirectory() as folder:
-        session.run("python", "-m", "venv", f"{folder}/venv")
-        python = f"{folder}/venv/bin/python"
-        session.run(python, "-m", "pip", "install", str(wheel), external=True)
-        with session.chdir(folder):  # away from the source tree
-            session.run(python, "-m", "rtlynx.cli", "info", external=True)
-            session.run(python, "-c", "from rtlynx import _core; assert _core.device_code()['targets'], 'no device code'", external=True)
+    use_wheel(session, "python", wheel)
+    if other := other_python():
+        use_wheel(session, other, wheel)
+    else:
+        session.log("the wheel was not tried with another version of Python: this machine has none with venv")
 
 
 @nox.session
@@ -220,6 +221,28 @@ def nvcc(session: nox.Session) -> str:
         installed.write_text("\n".join(cuda))
     (compiler,) = TOOLCHAIN.glob("lib/python*/site-packages/nvidia/cu*/bin/nvcc")
     return str(compiler)
+
+
+def other_python() -> str | None:
+    """The oldest other version of Python on this machine that the package is for and that can make an environment."""
+    for minor in range(10, 15):
+        path = shutil.which(f"python3.{minor}")
+        if path is None or sys.version_info[:2] == (3, minor):
+            continue
+        if subprocess.run([path, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode == 0:
+            return path
+    return None
+
+
+def use_wheel(session: nox.Session, python: str, wheel: Path) -> None:
+    """Install the wheel in a new environment of this Python and run it, away from the source tree."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.run(python, "-m", "venv", f"{folder}/venv", external=True)
+        installed = f"{folder}/venv/bin/python"
+        session.run(installed, "-m", "pip", "install", str(wheel), external=True)
+        with session.chdir(folder):
+            session.run(installed, "-m", "rtlynx.cli", "info", external=True)
+            session.run(installed, "-c", "from rtlynx import _core; assert _core.device_code()['targets'], 'no device code'", external=True)
 
 
 def check_style(session: nox.Session) -> None:
