@@ -63,12 +63,19 @@ def check_rank(op: str, argument: str, rank: int) -> None:
         raise InvalidArgumentError(op, argument, f"rank {rank}", f"a multiple of {RANK_MULTIPLE} from {RANK_MULTIPLE} to {MAX_RANK}")
 
 
+def check_eps(op: str, eps: float) -> None:
+    """Refuse what cannot be added under a root."""
+    if not 0 <= eps < float("inf"):
+        raise InvalidArgumentError(op, "eps", eps, "a finite number, at least 0")
+
+
 def check_sparsify(
     x: Tensor,
     score: Tensor | None,
     shift: Tensor | None,
     comp_down: Tensor | None,
     branch_input: str,
+    eps: float,
     values_dtype: torch.dtype | None,
     values_scale: float,
     activation: str,
@@ -107,6 +114,7 @@ def check_sparsify(
         check_rank(op, "comp_down", comp_down.shape[1])
     if branch_input not in ("input", "dropped"):
         raise InvalidArgumentError(op, "branch_input", repr(branch_input), "'input' or 'dropped'")
+    check_eps(op, eps)
     if values_dtype is None:
         if values_scale != 1:
             raise InvalidArgumentError(op, "values_scale", values_scale, "1, since `values_dtype` is None")

@@ -20,6 +20,7 @@ from rtlynx.reference import EPS, K_MULTIPLE, N_MULTIPLE, BranchInput
 __all__ = ["fused_linear"]
 
 _OP = "fused_linear"
+_IN_ORDER = ("weight", "score", "shift", "comp_down", "comp_up", "bias")
 _COUNTED_ROWS = 64  # the kernel counts its progress by tiles of at least as many rows
 _MAX_STRIDE = 2**31 - 512  # what the kernel can step from row to row
 
@@ -57,7 +58,7 @@ def fused_linear(
         bias: optional ``(N,)`` of dtype T.
         branch_input: ``"dropped"`` or ``"input"``; without `comp_down` it says nothing.
         norm_compensation: whether rows are scaled by s.
-        eps: ε of s.
+        eps: ε of s, finite and at least 0.
 
     Returns:
         ``(M, N)`` of dtype T.
@@ -65,7 +66,8 @@ def fused_linear(
     The gradient passes straight through the mask; s is a constant to it. The backward pass selects again, with the two ops.
 
     Raises:
-        InvalidArgumentError: a dtype, shape or device does not fit, or a tensor other than x is not contiguous; nothing has been launched.
+        InvalidArgumentError: a dtype, shape, device or `eps` does not fit, or a tensor other than x is not contiguous; nothing has been
+            launched.
         DeviceError: the GPU path cannot run on this machine.
     """
     return torch.ops.rtlynx.fused_linear(  # type: ignore[no-any-return]
@@ -82,6 +84,7 @@ def _check(
     comp_up: Tensor | None,
     bias: Tensor | None,
     branch_input: str,
+    eps: float,
 ) -> None:
     if x.dim() != 2:
         raise InvalidArgumentError(_OP, "x", f"{x.dim()} dimensions", "2 dimensions (M, K)")
@@ -107,6 +110,7 @@ def _check(
         checks.check(_OP, "bias", bias, (n,), x.dtype, x.device)
     if branch_input not in ("input", "dropped"):
         raise InvalidArgumentError(_OP, "branch_input", repr(branch_input), "'input' or 'dropped'")
+    checks.check_eps(_OP, eps)
 
 
 def _cpu(
@@ -121,7 +125,8 @@ def _cpu(
     norm_compensation: bool,
     eps: float,
 ) -> Tensor:
-    _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input)
+    _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input, eps)
+    checks.check_contiguous(_OP, _IN_ORDER, (weight, score, shift, comp_down, comp_up, bias))
     sparse = reference.sparsify(x, score, shift, comp_down, branch_input, norm_compensation, eps)
     return reference.sparse_linear(sparse.values, sparse.metadata, weight, sparse.row_scale, sparse.branch, comp_up, bias)
 
@@ -138,7 +143,7 @@ def _fake(
     norm_compensation: bool,
     eps: float,
 ) -> Tensor:
-    _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input)
+    _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input, eps)
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -154,9 +159,8 @@ def _cuda(
     norm_compensation: bool,
     eps: float,
 ) -> Tensor:
-    _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input)
-    others = weight, score, shift, comp_down, comp_up, bias
-    checks.check_contiguous(_OP, ("weight", "score", "shift", "comp_down", "comp_up", "bias"), others)
+    _check(x, weight, score, shift, comp_down, comp_up, bias, branch_input, eps)
+    checks.check_contiguous(_OP, _IN_ORDER, (weight, score, shift, comp_down, comp_up, bias))
     if not checks.rows_readable(x) or x.stride(0) > _MAX_STRIDE:
         x = x.clone(memory_format=torch.contiguous_format)
     (m, k), n = x.shape, weight.shape[0]

@@ -71,7 +71,7 @@ def sparsify(
         comp_down: optional ``(K, r)`` of dtype T, r a multiple of 16 up to 128; row k holds the coefficients of channel k.
         branch_input: ``"dropped"`` or ``"input"``; without `comp_down` it says nothing.
         norm_compensation: whether to compute the row scale.
-        eps: ε of the row scale.
+        eps: ε of the row scale, finite and at least 0.
         values_dtype: ``torch.float8_e4m3fn`` to store the kept values in fp8; None: in T. Selection, row scale and branch are the same.
         values_scale: what kept values are multiplied by before they are rounded to fp8; 1 without fp8.
         activation: what is done to x before: ``"none"``, ``"gelu_tanh"`` (GELU in its tanh approximation), ``"gelu"`` (by erf), or
@@ -95,7 +95,8 @@ def sparsify(
     row scale is NaN all the same), NaN stays NaN, and there is no gradient: see `sparse_linear`.
 
     Raises:
-        InvalidArgumentError: a dtype, shape or device does not fit; nothing has been launched.
+        InvalidArgumentError: a dtype, shape, device or `eps` does not fit, or one of `score`, `shift`, `comp_down`, `norm_stats` and
+            `places` is not contiguous; nothing has been launched.
         DeviceError: the GPU path cannot run on this machine.
     """
     selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
@@ -166,6 +167,9 @@ def sparse_linear(
 # ---- sparsify ---------------------------------------------------------------------------------------------------------------------------
 
 
+_SPARSIFY_IN_ORDER = ("score", "shift", "comp_down", "norm_stats", "places")
+
+
 def _sparsify_cpu(
     x: Tensor,
     score: Tensor | None,
@@ -185,7 +189,8 @@ def _sparsify_cpu(
     places: Tensor | None = None,
 ) -> Sparsified:
     before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
-    checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, *before)
+    checks.check_sparsify(x, score, shift, comp_down, branch_input, eps, values_dtype, values_scale, *before)
+    checks.check_contiguous("sparsify", _SPARSIFY_IN_ORDER, (score, shift, comp_down, norm_stats, places))
     selection = score, shift, comp_down, branch_input, norm_compensation, eps, values_dtype, values_scale
     return reference.sparsify(x, *selection, *before)
 
@@ -219,7 +224,7 @@ def _sparsify_fake(
     places: Tensor | None = None,
 ) -> Sparsified:
     before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
-    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, *before)
+    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, eps, values_dtype, values_scale, *before)
     teach()
     return _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
 
@@ -243,9 +248,8 @@ def _sparsify_cuda(
     places: Tensor | None = None,
 ) -> Sparsified:
     before = activation, gate, head, norm_stats, norm_weight, norm_bias, places
-    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, values_dtype, values_scale, *before)
-    in_order = {"score": score, "shift": shift, "comp_down": comp_down, "norm_stats": norm_stats, "places": places}
-    checks.check_contiguous("sparsify", tuple(in_order), tuple(in_order.values()))
+    k = checks.check_sparsify(x, score, shift, comp_down, branch_input, eps, values_dtype, values_scale, *before)
+    checks.check_contiguous("sparsify", _SPARSIFY_IN_ORDER, (score, shift, comp_down, norm_stats, places))
     if (activation != "none" or head is not None) and (activation == "none" or not selection_does(x.device, activation)):
         x, activation, gate, head = reference.activated(x, activation, gate, head), "none", None, None
     out = _sparsify_outputs(x, k, comp_down, norm_compensation, values_dtype)
@@ -336,6 +340,7 @@ def _sparse_linear_cpu(
 ) -> Tensor:
     product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out_dtype
     checks.check_sparse_linear(*product, activation, residual, gate)
+    checks.check_contiguous("sparse_linear", _SPARSE_LINEAR_TENSORS, (*product[:-1], residual, gate))
     return reference.sparse_linear(*product, activation, residual, gate)
 
 

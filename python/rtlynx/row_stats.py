@@ -56,8 +56,7 @@ def _check(h: Tensor, eps: float) -> None:
     k = h.shape[1]
     if k == 0 or k % K_MULTIPLE:
         raise InvalidArgumentError(_OP, "h", f"K = {k}", f"K a positive multiple of {K_MULTIPLE}")
-    if not 0 <= eps < float("inf"):
-        raise InvalidArgumentError(_OP, "eps", eps, "a finite number, at least 0")
+    checks.check_eps(_OP, eps)
 
 
 def _output(h: Tensor) -> Tensor:

@@ -259,6 +259,7 @@ def test_sparsify_refuses(argument: str, change: dict[str, Any]) -> None:
         ("weight", {"weight": WEIGHT[:, :64]}),
         ("weight_scale", {"weight_scale": None}),
         ("weight_scale", {"weight_scale": SCALE[:23]}),
+        ("weight_scale", {"weight_scale": SCALE.repeat_interleave(2)[::2]}),
         ("weight_scale", {"weight_scale": SCALE[:, None]}),
         ("weight_scale", {"weight_scale": SCALE.half()}),
         ("weight_scale", {"weight_scale": SCALE.to("meta")}),

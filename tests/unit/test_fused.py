@@ -109,6 +109,15 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("comp_up", {"comp_up": torch.ones(24, 32)}),
     ("bias", {"bias": torch.randn(25)}),
     ("branch_input", {"branch_input": "both"}),
+    ("eps", {"eps": -1.0}),
+    ("eps", {"eps": float("nan")}),
+    ("eps", {"eps": float("inf")}),
+    ("weight", {"weight": torch.randn(128, 24).T}),
+    ("score", {"score": torch.ones(256)[::2]}),
+    ("shift", {"shift": torch.ones(1).expand(128)}),
+    ("comp_down", {"comp_down": torch.ones(16, 128).T}),
+    ("comp_up", {"comp_up": torch.ones(16, 24).T}),
+    ("bias", {"bias": torch.randn(1).expand(24)}),
 ]
 
 

@@ -136,6 +136,14 @@ BAD_SPARSIFY: list[tuple[str, dict[str, Any]]] = [
     ("comp_down", {"comp_down": torch.ones(128, 144)}),
     ("comp_down", {"comp_down": torch.ones(16, 128)}),  # transposed
     ("branch_input", {"branch_input": "both"}),
+    ("eps", {"eps": -1.0}),
+    ("eps", {"eps": float("nan")}),
+    ("eps", {"eps": float("inf")}),
+    ("score", {"score": torch.ones(256)[::2]}),
+    ("shift", {"shift": torch.ones(1).expand(128)}),
+    ("comp_down", {"comp_down": torch.ones(16, 128).T}),
+    ("norm_stats", {"norm_stats": torch.ones(2, 8).T}),
+    ("places", {"places": torch.zeros(256, dtype=torch.uint8)[::2]}),
 ]
 
 
@@ -162,6 +170,15 @@ BAD_SPARSE_LINEAR: list[tuple[str, dict[str, Any]]] = [
     ("comp_up", {"branch": S.branch, "comp_up": torch.randn(24, 32)}),
     ("branch", {"branch": S.branch[:, :8], "comp_up": torch.randn(24, 8)}),
     ("bias", {"bias": torch.randn(25)}),
+    ("values", {"values": S.values.T.contiguous().T}),
+    ("metadata", {"metadata": S.metadata.transpose(2, 3).contiguous().transpose(2, 3)}),
+    ("weight", {"weight": torch.randn(128, 24).T}),
+    ("row_scale", {"row_scale": torch.ones(16)[::2]}),
+    ("branch", {"branch": S.branch.T.contiguous().T, "comp_up": torch.randn(24, 16)}),
+    ("comp_up", {"branch": S.branch, "comp_up": torch.randn(16, 24).T}),
+    ("bias", {"bias": torch.randn(1).expand(24)}),
+    ("residual", {"residual": torch.randn(24, 8).T}),
+    ("gate", {"residual": torch.randn(8, 24), "gate": torch.randn(24, 2).T}),
 ]
 
 
@@ -170,6 +187,11 @@ def test_sparse_linear_refuses(argument: str, change: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         ops.sparse_linear(**{**GOOD, **change})
     assert (caught.value.op, caught.value.argument) == ("sparse_linear", argument)
+
+
+def test_a_refused_eps_is_named() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^sparsify: argument `eps`: got -1\.0, expected a finite number, at least 0$"):
+        ops.sparsify(X, eps=-1.0)
 
 
 def test_errors_say_all_four_things_and_can_be_pickled() -> None:
