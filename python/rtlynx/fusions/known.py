@@ -26,6 +26,7 @@ _HOMES = {
     "diffusers.models.transformers.transformer_flux2.Flux2FeedForward": "flux2",
     "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": "flux2",
     "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": "hunyuan_video",
+    "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock": "qwen_image",
     "diffusers.models.transformers.transformer_z_image.FeedForward": "z_image",
 }
 """Class → the file here that fuses it, in a class of the same name: diffusers finds blocks to compile by the names of their classes."""

@@ -48,7 +48,7 @@ def rotated(parts: Sequence[Tensor], rotation: Tensor) -> Tensor:
 
     Args:
         parts: One or several of ``(B, s, H, D)``, whose s are S together.
-        rotation: From `rotation`.
+        rotation: ``(S, 1, D / 2)`` complex64, as `rotation` makes it of FLUX.1's.
 
     Returns:
         ``(B, S, H, D)``, of the parts' dtype.

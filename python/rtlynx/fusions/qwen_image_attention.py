@@ -1,0 +1,106 @@
+"""The attention of Qwen-Image's blocks: what its processor does, with fewer passes between the projections and attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers import transformer_qwenimage
+from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from torch import Tensor, nn
+
+from rtlynx.fusions import fusion, rotary
+from rtlynx.fusions.fusion import add_gated, inactive, plain
+from rtlynx.linear import SparseLinear
+
+REPLACED = (Attention.forward, QwenDoubleStreamAttnProcessor2_0.__call__, transformer_qwenimage.apply_rotary_emb_qwen)
+"""What of diffusers' is written out here."""
+
+NAMES = (
+    # forward
+    "set inspect signature processor __call__ parameters keys items len logger warning __class__ __name__"
+    # the processor
+    " shape torch ones bool device cat to_q to_k to_v add_q_proj add_k_proj add_v_proj inner_dim heads unflatten"
+    " norm_q norm_k norm_added_q norm_added_k apply_rotary_emb_qwen dispatch_attention_fn _attention_backend _parallel_config"
+    " flatten to dtype to_out contiguous to_add_out"
+    # the rotary embedding
+    f" {rotary.NAMES}"
+)
+"""What those use: see `known.why_not`."""
+
+
+def is_written_here(attention: nn.Module, x: Tensor, text: Tensor, embedding: Any) -> bool:
+    """Whether a call of it may be `attended` and `add_projected`: eager, without gradients, nothing about it changed.
+
+    Args:
+        attention: A block's.
+        x: ``(B, s, C)``, the image's.
+        text: ``(B, t, C)``.
+        embedding: Qwen-Image's is one complex64 number for every token and pair of channels: ``(s, D / 2)`` and ``(t, D / 2)``.
+    """
+    if not plain(attention, Attention) or type(attention.processor) is not QwenDoubleStreamAttnProcessor2_0:
+        return False
+    if torch.is_grad_enabled() or not fusion.eager(x) or not isinstance(embedding, tuple) or len(embedding) != 2:
+        return False
+    pairs = attention.inner_dim // attention.heads // 2  # type: ignore[operator]
+    return all(
+        isinstance(each, Tensor) and (each.shape, each.dtype, each.device) == ((stream.shape[1], pairs), torch.complex64, x.device)
+        for each, stream in zip(embedding, (x, text), strict=True)
+    )
+
+
+def attended(attention: Any, x: Tensor, text: Tensor, text_mask: Tensor | None, embedding: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the processor does before the output projections; asked `is_written_here` before.
+
+    Args:
+        attention: With H heads of D channels.
+        x, text, embedding: See `is_written_here`.
+        text_mask: ``(B, t)`` bool: which of the text's tokens there are; None: all.
+
+    Returns:
+        The image's ``(B, s, H · D)`` and the text's ``(B, t, H · D)``.
+    """
+
+    def heads(projected: Tensor, norm: nn.Module | None = None) -> Tensor:
+        parted = projected.unflatten(-1, (-1, attention.inner_dim // attention.heads))
+        return parted if norm is None else norm(parted)  # type: ignore[no-any-return]
+
+    query, key, value = heads(attention.to_q(x), attention.norm_q), heads(attention.to_k(x), attention.norm_k), heads(attention.to_v(x))
+    text_query = heads(attention.add_q_proj(text), attention.norm_added_q)
+    text_key, text_value = heads(attention.add_k_proj(text), attention.norm_added_k), heads(attention.add_v_proj(text))
+    rotation = torch.cat(embedding[::-1])[:, None]  # the text comes first
+    together = transformer_qwenimage.dispatch_attention_fn(
+        rotary.rotated([text_query, query], rotation),
+        rotary.rotated([text_key, key], rotation),
+        torch.cat([text_value, value], 1),
+        attn_mask=None if text_mask is None else _joint_mask(text_mask, x.shape[1]),
+        backend=attention.processor._attention_backend,
+        parallel_config=attention.processor._parallel_config,
+    )
+    of_text, of_image = together.flatten(2, 3).to(query.dtype).split([text.shape[1], x.shape[1]], 1)
+    return of_image, of_text
+
+
+def add_projected(residual: Tensor, gate: Tensor, x: Tensor, projection: Any, *others: nn.Module) -> Tensor:
+    """``residual + gate * projection(x)``, by the projection's product where that is sparse now and nothing comes between.
+
+    Args:
+        residual: ``(B, S, N)``.
+        gate: ``(B, N)``.
+        x: ``(B, S, K)``.
+        projection: Linear.
+        others: What follows it: dropout.
+    """
+    x = x.contiguous()
+    if plain(projection, SparseLinear) and all(map(inactive, others)) and projection.in_selection(x.shape[:-1].numel(), x.device):
+        return projection.forward_gated(x, residual, gate)  # type: ignore[no-any-return]
+    update = projection(x)
+    for module in others:
+        update = module(update)
+    return add_gated(residual, gate, update)
+
+
+def _joint_mask(text_mask: Tensor, tokens: int) -> Tensor:
+    """``(B, 1, 1, t + s)``: every token of the image is there."""
+    return torch.cat([text_mask, text_mask.new_ones(len(text_mask), tokens, dtype=torch.bool)], 1)[:, None, None]
