@@ -196,6 +196,12 @@ def test_several_processes_add_to_one_file(measured: dict[str, dict[str, object]
         assert CliRunner().invoke(app, ["bench", "quality", "--part", part, "--device", "cpu", "--out", str(tmp_path)]).exit_code == 2
 
 
+def test_every_run_that_added_rows_is_named(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:
+    for name, commit in (("naive", "aaa"), ("split", "bbb"), ("dense", "bbb")):
+        Results(tmp_path, "tiny", {"prompts": 3}).add(name, measured[name], ["gpu: none", f"commit {commit}"])
+    assert (tmp_path / "quality.csv").read_text().splitlines()[:4] == ["# model: tiny", "# gpu: none", "# commit aaa", "# commit bbb"]
+
+
 def test_a_row_like_the_dense_one_is_kept_without_a_difference_in_psnr(measured: dict[str, Any], tmp_path: Path) -> None:
     results = Results(tmp_path, "tiny", {"prompts": 3})
     infinite = {**measured["naive"]["replicates"], "psnr_db": [math.inf] * len(measured["naive"]["replicates"]["psnr_db"])}

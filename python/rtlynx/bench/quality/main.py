@@ -93,6 +93,8 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
             tqdm.write(f"{row.key} failed:\n{traceback.format_exc()}", file=sys.stderr)
             failed[row.key] = error
             continue
+        if row.key in results.rows:  # dense, of the run that measured the first rows
+            continue
         results.add(row.key, measured, header)
         if measured.get("recipe"):
             about = {"model": name, **measured["search"]}

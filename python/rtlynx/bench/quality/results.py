@@ -53,24 +53,24 @@ class Results:
     def __init__(self, folder: Path, model: str, settings: Mapping[str, Any]) -> None:
         self.folder, self.path = folder, folder / f"quality-{model}.json"
         self.model, self.settings = model, json.loads(json.dumps(settings))
-        self.rows: dict[str, dict[str, Any]] = self._stored()
+        self.rows, _ = self._stored()
 
-    def _stored(self) -> dict[str, dict[str, Any]]:
+    def _stored(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
         if not self.path.is_file():
-            return {}
+            return {}, []
         stored = json.loads(self.path.read_text())
         if stored["settings"] != self.settings:
             changed = [key for key in self.settings if stored["settings"].get(key) != self.settings[key]]
             got = f"{self.path} measured with another {', '.join(changed)}"
             raise InvalidArgumentError("bench quality", "out", got, "another folder, or no such file: remove it to measure anew")
-        rows: dict[str, dict[str, Any]] = stored["rows"]
-        return rows
+        return stored["rows"], stored["header"]
 
     def add(self, key: str, row: Mapping[str, Any], header: Iterable[str]) -> None:
-        """Keep a row, beside those that other processes have added meanwhile, and write all files."""
+        """Keep a row, beside those that other processes and runs before have added, and write all files; the header names each of them."""
         with _alone_in(self.folder):
-            self.rows = {**self._stored(), key: {"model": self.model, **row}}
-            write_json(self.path, {"settings": self.settings, "header": list(header), "rows": self.rows})
+            rows, before = self._stored()
+            self.rows = {**rows, key: {"model": self.model, **row}}
+            write_json(self.path, {"settings": self.settings, "header": list(dict.fromkeys([*before, *header])), "rows": self.rows})
             write_tables(self.folder)
 
 
