@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -15,7 +16,8 @@ _FLUSH_BYTES = 1 << 30
 def time_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int = 30, warm_up: int = 5) -> dict[str, float]:
     """Median milliseconds of every function on the current device.
 
-    The functions take turns, so that a clock that sags under load sags for all of them. Before each call the L2 cache is overwritten, which
+    The functions take turns, so that a clock that sags under load sags for all of them, in another order every time, so that none always
+    follows one that heats the GPU. Before each call the L2 cache is overwritten, which
     also keeps the device busy while the host prepares the launch: what is timed is the device, not Python.
 
     Args:
@@ -25,12 +27,15 @@ def time_interleaved(functions: Mapping[str, Callable[[], object]], repeats: int
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    shuffle = random.Random(0).shuffle
     for turn in range(warm_up + repeats):
-        for name, function in functions.items():
+        shuffle(order)
+        for name in order:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
             start.record()
-            function()
+            functions[name]()
             end.record()
             end.synchronize()
             if turn >= warm_up:

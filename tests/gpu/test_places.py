@@ -76,7 +76,7 @@ def test_score_and_shift_are_in_the_gathered_order(
 
 @pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 16, 64])
+@pytest.mark.parametrize("rank", [0, 16, 32, 64])
 # Heads: none; some of the first two pieces; all of one and some of the others.
 @pytest.mark.parametrize("m, width, head", [(129, 1152, 0), (65, 1152, 832), (65, 3072, 1088)], ids=str)
 @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "gelu", "silu_gate"])

@@ -212,7 +212,7 @@ def assert_close_selection(
 
 @pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 16, 64, 128])
+@pytest.mark.parametrize("rank", [0, 16, 32, 64, 128])
 @pytest.mark.parametrize("head", [0, 64, 3072])
 @pytest.mark.parametrize("m, width", [(1, 64), (129, 1152), (77, 12288)], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -248,7 +248,7 @@ def test_activation_with_score_and_shift(
 
 @pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [0, 16, 64, 128])
+@pytest.mark.parametrize("rank", [0, 16, 32, 64, 128])
 @pytest.mark.parametrize("m, width, head", [(1, 64, 64), (129, 1152, 64), (200, 576, 3072), (63, 3072, 832)], ids=str)
 def test_a_head_without_an_activation_is_bit_exact(
     m: int, width: int, head: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None

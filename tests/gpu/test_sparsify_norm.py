@@ -93,7 +93,7 @@ def test_selection_is_bit_exact(m: int, k: int, dtype: torch.dtype, values_dtype
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("branch_input", ["input", "dropped"])
-@pytest.mark.parametrize("rank", [16, 48, 128])
+@pytest.mark.parametrize("rank", [16, 32, 48, 128])
 @pytest.mark.parametrize("values_dtype", OPERANDS)
 @pytest.mark.parametrize("m, k", [(1, 64), (129, 1152), (200, 832)], ids=str)
 def test_branch(

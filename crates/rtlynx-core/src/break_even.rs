@@ -167,10 +167,14 @@ mod tests {
     fn no_measured_layer_loses() {
         let whole = Sparse { layer: "layer_ms", parts: None };
         let plain = Sparse { parts: Some(["gemm_ms", "select_ms"]), ..whole };
-        let e4m3 = Sparse { layer: "layer_e4m3_ms", parts: Some(["gemm_e4m3_ms", "select_e4m3_ms"]) };
-        for (files, memory_gb_s, dtype, sparse) in
-            [(H200, H200_GB_S, Dtype::Bf16, whole), (H100, H100_GB_S, Dtype::Bf16, plain), (H100, H100_GB_S, Dtype::Bf16E4m3, e4m3)]
-        {
+        let whole_e4m3 = Sparse { layer: "layer_e4m3_ms", parts: None };
+        let e4m3 = Sparse { parts: Some(["gemm_e4m3_ms", "select_e4m3_ms"]), ..whole_e4m3 };
+        for (files, memory_gb_s, dtype, sparse) in [
+            (H200, H200_GB_S, Dtype::Bf16, whole),
+            (H200, H200_GB_S, Dtype::Bf16E4m3, whole_e4m3),
+            (H100, H100_GB_S, Dtype::Bf16, plain),
+            (H100, H100_GB_S, Dtype::Bf16E4m3, e4m3),
+        ] {
             let (found, dense): (Vec<_>, Vec<_>) = files.map(|file| speedups(file, memory_gb_s, dtype, sparse)).into_iter().unzip();
             let (found, dense) = (found.concat(), dense.iter().sum::<usize>());
             assert!(found.len() > 20 && dense > 20, "{memory_gb_s} {dtype}: {} sparse, {dense} dense", found.len());

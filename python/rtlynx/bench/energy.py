@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from rtlynx.bench.layer import layer_calls
+from rtlynx.bench.layer import fastest_calls, layer_calls
+from rtlynx.bench.probe import MainLoop, probes
 
 _CALLS = 20  # in a CUDA graph, so that no launch is waited for
 _SETTLE_S = 0.5  # until power and clock are steady
 _SAMPLE_S = 0.02
-WHAT = ("dense", "fp8", "gemm", "gemm_e4m3", "select", "select_e4m3")
-"""The calls of `rtlynx.bench.layer.layer_calls` that are measured."""
+WHAT = ("dense", "fp8", "gemm", "cutlass_mm", "gemm_e4m3", "select", "select_e4m3")
+"""The calls of `rtlynx.bench.layer.layer_calls` that are measured, of several kernels the fastest."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Energy:
         n: Output channels.
         k: Input channels.
         rank: Of the branch.
-        what: A column of layer.csv without its ``_ms``.
+        what: A column of layer.csv without its ``_ms``, or a limit of `rtlynx.bench.probe`.
         ms: Mean time of a call.
-        tflops: 2·M·N·K of the layer over that, for products; NaN for selection.
+        tflops: 2·M·N·K over that, for products; NaN for selection.
         watts: Median power of the board.
         mhz: Median clock of the multiprocessors.
         millijoules: Of a call: `watts` times `ms`.
@@ -59,15 +60,22 @@ def measure_energy(m: int, n: int, k: int, rank: int, seconds: float = 1.0) -> l
         ModuleNotFoundError: ``nvidia-ml-py`` is not installed.
     """
     torch.cuda.power_draw()  # without NVML this raises before anything runs
-    calls, _ = layer_calls(m, n, k, rank)
-    found = []
-    for what in WHAT:
-        if what not in calls:
-            continue
-        ms, watts, mhz = _sustained(calls[what], seconds)
-        tflops = float("nan") if what.startswith("select") else 2e-9 * m * n * k / ms
-        found.append(Energy(m, n, k, rank, what, ms, tflops, watts, mhz, watts * ms))
-    return found
+    calls = fastest_calls(layer_calls(m, n, k, rank)[0])
+    return [_measured(m, n, k, rank, what, calls[what], seconds) for what in WHAT if what in calls]
+
+
+def measure_limits_energy(seconds: float = 1.0) -> list[Energy]:
+    """The same of the probes and the sparse GEMM's main loop: what products cost where nothing else is done. M is that of all blocks."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    loop = MainLoop(device)
+    limits = [(*probe.size, probe.name, probe.run) for probe in probes(device)] + [(loop.m, loop.n, loop.k, "main_loop", loop.run)]
+    return [_measured(m, n, k, 0, name, call, seconds) for m, n, k, name, call in limits]
+
+
+def _measured(m: int, n: int, k: int, rank: int, what: str, call: Callable[[], object], seconds: float) -> Energy:
+    ms, watts, mhz = _sustained(call, seconds)
+    tflops = float("nan") if what.startswith("select") else 2e-9 * m * n * k / ms
+    return Energy(m, n, k, rank, what, ms, tflops, watts, mhz, watts * ms)
 
 
 def _sustained(call: Callable[[], object], seconds: float) -> tuple[float, float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,14 @@ def layer_calls(m: int, n: int, k: int, rank: int, peers: bool = True) -> tuple[
         **in_fp8,
     }
     return calls, missing
+
+
+def fastest_calls(calls: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The calls by column, where the fastest of several kernels of one product stands for them."""
+    several = {name: call for name, call in calls.items() if ":" in name}
+    _, kernels = fastest_kernels(time_interleaved(several, repeats=3, warm_up=1)) if several else ({}, {})
+    single = {name: call for name, call in calls.items() if name not in several}
+    return single | {column: several[f"{column}:{kernel}"] for column, kernel in kernels.items()}
 
 
 def measure_layer(m: int, n: int, k: int, rank: int, repeats: int = 30, peers: bool = True) -> tuple[LayerTimes, dict[str, str]]:

@@ -21,8 +21,6 @@ ROWS, OUTPUTS, COLUMNS, THREADS = 256, 192, 64, 256
 """A block's product in one step, and its threads: cuda/kernels/probe_sm90.cu."""
 
 _STEPS = 2000  # 1 to 2 ms on an H200
-_ONE_WAVE = (12 * 256, 11 * 192)  # 132 tiles of the Hopper GEMM, one for each multiprocessor of an H200
-_LONG_K = 32768  # filling the pipeline and storing the output are 1 % of the time
 _COPY_BYTES = 1 << 30
 
 
@@ -64,9 +62,14 @@ class Probe:
         return ROWS // 64 * COLUMNS // (32 if self.name.startswith("sparse") else 16)
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """M, N and K of what `run` multiplies: every block its own rows, the same columns of its operands again and again."""
+        return ROWS * self.sums.shape[0], OUTPUTS, COLUMNS * _STEPS
+
+    @property
     def flop(self) -> float:
         """Of `run`, counting 2·M·N·K whatever is skipped."""
-        return 2.0 * ROWS * OUTPUTS * COLUMNS * _STEPS * self.sums.shape[0]
+        return 2.0 * math.prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -92,24 +95,44 @@ class Limits:
         return [*lines, f"limit copy, GB/s: {self.copy_gb_s:.0f}"]
 
 
+class MainLoop:
+    """The sparse GEMM on one full wave, with a K so long that filling the pipeline and storing the output are 1 % of the time."""
+
+    m, n, k = 12 * 256, 11 * 192, 32768  # 132 tiles, one for each multiprocessor of an H200
+
+    def __init__(self, device: torch.device) -> None:
+        self.sparse = ops.sparsify(torch.randn(self.m, self.k, device=device, dtype=torch.bfloat16))
+        self.weight = torch.randn(self.n, self.k, device=device, dtype=torch.bfloat16) / math.sqrt(self.k)
+
+    def run(self) -> Tensor:
+        """Y, ``(m, n)``."""
+        return ops.sparse_linear(self.sparse.values, self.sparse.metadata, self.weight)
+
+    @property
+    def flop(self) -> float:
+        """Of `run`: 2·M·N·K."""
+        return 2.0 * self.m * self.n * self.k
+
+
+def probes(device: torch.device) -> list[Probe]:
+    """All of them; none on other architectures, which have other instructions."""
+    return [Probe(name, device) for name in PROBES] if torch.cuda.get_device_capability(device) == (9, 0) else []
+
+
 def measure_limits(repeats: int = 30) -> Limits:
     """Measure all limits against each other on the current device."""
     device = torch.device("cuda", torch.cuda.current_device())
-    m, n = _ONE_WAVE
-    sparse = ops.sparsify(torch.randn(m, _LONG_K, device=device, dtype=torch.bfloat16))
-    weight = torch.randn(n, _LONG_K, device=device, dtype=torch.bfloat16) / math.sqrt(_LONG_K)
     source = torch.empty(_COPY_BYTES, device=device, dtype=torch.int8)
     target = torch.empty_like(source)
-    # Other architectures have other instructions, and no probes yet.
-    probes = [Probe(name, device) for name in PROBES] if torch.cuda.get_device_capability(device) == (9, 0) else []
-    functions: dict[str, Callable[[], object]] = {probe.name: probe.run for probe in probes}
-    functions["main_loop"] = lambda: ops.sparse_linear(sparse.values, sparse.metadata, weight)
+    instructions, main_loop = probes(device), MainLoop(device)
+    functions: dict[str, Callable[[], object]] = {probe.name: probe.run for probe in instructions}
+    functions["main_loop"] = main_loop.run
     functions["copy"] = lambda: target.copy_(source)
     ms = time_interleaved(functions, repeats)
-    flop = {probe.name: probe.flop for probe in probes} | {"main_loop": 2.0 * m * n * _LONG_K}
+    flop = {probe.name: probe.flop for probe in instructions} | {"main_loop": main_loop.flop}
     return Limits(
         tflops={name: value * 1e-9 / ms[name] for name, value in flop.items()},
-        cycles={probe.name: probe.clocks / (_STEPS * probe.instructions) for probe in probes},
-        mhz={probe.name: probe.clocks * 1e-3 / ms[probe.name] for probe in probes},
+        cycles={probe.name: probe.clocks / (_STEPS * probe.instructions) for probe in instructions},
+        mhz={probe.name: probe.clocks * 1e-3 / ms[probe.name] for probe in instructions},
         copy_gb_s=2e-6 * _COPY_BYTES / ms["copy"],
     )

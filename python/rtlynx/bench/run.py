@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from rtlynx import _core
 from rtlynx.bench import cutlass_build
 from rtlynx.bench.layer import measure_layer
 from rtlynx.bench.probe import measure_limits
@@ -24,6 +26,16 @@ class Run:
 
     rows: tuple[LayerTimes, ...]
     notes: tuple[str, ...]
+
+
+@contextmanager
+def kernels_of_every_gpu() -> Iterator[None]:
+    """Inside the block the kernels run that every GPU from sm_80 on has, whatever this one could."""
+    before = _core.use_portable_kernels(True)
+    try:
+        yield
+    finally:
+        _core.use_portable_kernels(before)
 
 
 def run_layers(shapes: Sequence[tuple[int, int, int]], rank: int, repeats: int, peers: bool) -> Run:

@@ -1,4 +1,4 @@
-"""The layers the benches run, by name: (M, N, K) of real diffusion transformers at 1024 x 1024, with few tokens, and ragged ones."""
+"""The layers the benches run, by name: (M, N, K) of diffusion transformers at 1024 x 1024, with few tokens, of few outputs, and ragged."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
         (8192, 8192, 12288),  # the paper's largest
     ),
     "small": tuple((m, n, k) for n, k in FEATURES for m in FEW_TOKENS),
+    "narrow": tuple((m, n, k) for k in (3072, 12288) for n in (64, 128, 256, 512, 1024) for m in (77, 512, 4096)),
     "odd": (
         (6889, 3072, 3072),  # Qwen-Image at 1328 x 1328
         (4250, 9728, 2432),  # SD3.5 Large: K = 38 * 64

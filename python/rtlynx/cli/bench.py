@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ class ShapeSet(str, Enum):
 
     dit = "dit"
     small = "small"
+    narrow = "narrow"
     odd = "odd"
 
 
@@ -30,11 +32,12 @@ Repeats = Annotated[int, typer.Option(min=1, help="Timed calls of everything.")]
 @app.command("gemm")
 def gemm(
     shapes: Annotated[
-        list[ShapeSet], typer.Option(help="Which layers: of diffusion transformers, with few tokens, with odd sizes. Can be given again.")
+        list[ShapeSet], typer.Option(help="Which layers: large, with few tokens, of few outputs, with odd sizes. Can be given again.")
     ] = [ShapeSet.dit],  # noqa: B006 - typer reads it and nothing changes it
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
     repeats: Repeats = 30,
     peers: Annotated[bool, typer.Option(help="Also time what else computes such a layer.")] = True,
+    portable: Annotated[bool, typer.Option("--portable", help="Time the kernels that every GPU from sm_80 on can run.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV files and pictures, e.g. benches/results.", file_okay=False)] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to name in the files, where git cannot tell.")] = None,
 ) -> None:
@@ -45,18 +48,21 @@ def gemm(
     from rtlynx.bench.machine import describe, gpu_slug
     from rtlynx.bench.plot import plots
     from rtlynx.bench.results import write_csv
-    from rtlynx.bench.run import run_layers
+    from rtlynx.bench.run import kernels_of_every_gpu, run_layers
     from rtlynx.bench.shapes import SHAPES
     from rtlynx.bench.show import show_run
 
     console = Console(highlight=False)
     for shape_set in shapes:
-        run = run_layers(SHAPES[shape_set.value], rank, repeats, peers)
+        with kernels_of_every_gpu() if portable else nullcontext():
+            run = run_layers(SHAPES[shape_set.value], rank, repeats, peers)
         show_run(console, run)
         if out is None:
             continue
-        path = out / gpu_slug() / ("layer.csv" if shape_set is ShapeSet.dit else f"layer_{shape_set.value}.csv")
-        command = f"rtlynx bench gemm --shapes {shape_set.value} --rank {rank} --repeats {repeats}" + ("" if peers else " --no-peers")
+        name = "_".join(["layer", *([] if shape_set is ShapeSet.dit else [shape_set.value]), *(["portable"] if portable else [])])
+        path = out / gpu_slug() / f"{name}.csv"
+        options = ("" if peers else " --no-peers") + (" --portable" if portable else "")
+        command = f"rtlynx bench gemm --shapes {shape_set.value} --rank {rank} --repeats {repeats}{options}"
         write_csv(path, [*describe(command, commit), *run.notes], run.rows)
         console.print(f"wrote {path}")
         try:
@@ -128,14 +134,14 @@ def energy(
     from rich.console import Console
 
     require_gpu()
-    from rtlynx.bench.energy import Energy, measure_energy
+    from rtlynx.bench.energy import Energy, measure_energy, measure_limits_energy
     from rtlynx.bench.machine import describe, gpu_slug
     from rtlynx.bench.results import write_csv
     from rtlynx.bench.shapes import SHAPES
     from rtlynx.report.table import Column, terminal_table
 
     layers = [layer for shape_set in shapes for layer in SHAPES[shape_set.value]]
-    rows = [row for m, n, k in layers for row in measure_energy(m, n, k, rank, seconds)]
+    rows = [row for m, n, k in layers for row in measure_energy(m, n, k, rank, seconds)] + measure_limits_energy(seconds)
     columns = [Column(key, key) for key in ("m", "n", "k", "what")]
     columns += [Column(key, key, form) for key, form in (("ms", "{:.4f}"), ("tflops", "{:.0f}"), ("watts", "{:.0f}"), ("mhz", "{:.0f}"))]
     console = Console(highlight=False)
@@ -146,6 +152,56 @@ def energy(
     command = f"rtlynx bench energy {' '.join(f'--shapes {s.value}' for s in shapes)} --rank {rank} --seconds {seconds:g}"
     write_csv(path, describe(command, commit, "each call alone, repeated without a pause; medians of power and clock"), rows, Energy)
     console.print(f"wrote {path}")
+
+
+@app.command("profile")
+def profile(
+    layers: Annotated[list[str], typer.Option("--layer", help="MxNxK; can be given again.")] = [  # noqa: B006
+        "4096x3072x3072",
+        "4608x12288x3072",
+        "4608x3072x12288",
+        "4224x3840x3840",
+        "6889x3072x3072",
+        "8192x8192x12288",
+    ],
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    ncu: Annotated[str | None, typer.Option(help="The program, where it is not on PATH.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+) -> None:
+    """How far the kernels of a layer, and CUTLASS's, fill every unit of the GPU. Needs Nsight Compute, and leave to read its counters."""
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.profile import Utilisation, fullest, profile
+    from rtlynx.bench.results import write_csv
+    from rtlynx.report.table import Column, terminal_table
+
+    shapes = [parsed_layer(layer) for layer in layers]
+    try:
+        rows = profile(shapes, rank, ncu)
+    except FileNotFoundError as error:
+        raise typer.BadParameter(str(error), param_hint="--ncu") from error
+    console = Console(highlight=False)
+    columns = [Column(key, key) for key in ("m", "n", "k", "what")]
+    columns += [Column("metric", "metric", numeric=False), Column("value", "%", "{:.0f}")]
+    console.print(terminal_table(columns, fullest(rows)))
+    if out is None:
+        return
+    path = out / gpu_slug() / "profile.csv"
+    command = f"rtlynx bench profile {' '.join(f'--layer {layer}' for layer in layers)} --rank {rank}"
+    write_csv(path, describe(command, commit, "counters of ncu, a cold L2 before every pass, clocks left alone"), rows, Utilisation)
+    console.print(f"wrote {path}")
+
+
+def parsed_layer(text: str) -> tuple[int, int, int]:
+    """M, N and K of ``MxNxK``."""
+    try:
+        m, n, k = map(int, text.lower().split("x"))
+    except ValueError:
+        raise typer.BadParameter(f"got {text!r}, expected MxNxK, e.g. 4608x12288x3072", param_hint="--layer") from None
+    return m, n, k
 
 
 @app.command("activation")
