@@ -28,7 +28,17 @@ TOOLCHAIN = Path(".nox/nvcc").resolve()
 """nvcc from PyPI, away from torch, which pins other releases of the same CUDA wheels."""
 SANITIZED = Path(".nox/sanitize").resolve()
 SANITIZERS_PER_GPU = 4
-SANITIZED_TESTS = {"sparsify": 8, "places": 4, "sparsify_norm": 3, "sparse_linear": 1, "every_kernel": 2, "epilogue": 3, "fused_linear": 2}
+SANITIZED_TESTS = {
+    "sparsify": 8,
+    "places": 4,
+    "sparsify_norm": 3,
+    "sparse_linear": 1,
+    "every_kernel": 2,
+    "epilogue": 3,
+    "fused_linear": 2,
+    "probe": 1,
+    "direct": 1,
+}
 """Files of kernel tests that run under every tool, and among how many runs each is shared."""
 OLDEST_TORCH = "2.8"
 """Older ones cannot compile a block for a changing number of tokens; eager they work, down to what pyproject.toml says."""

@@ -54,7 +54,10 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
     """
     if isinstance(config, (str, os.PathLike)):
         config = read_recipe(config)
-    config = config or SparsityConfig()
+    if config is None:
+        config = SparsityConfig()
+    if not isinstance(config, SparsityConfig):
+        raise InvalidArgumentError("apply", "config", f"a {type(config).__name__}", "a SparsityConfig, or the path of a recipe file")
     judged = {root: list(candidates(root, config)) for root in target_modules(pipe_or_module, "apply").values()}
     if not any(c.wanted for found in judged.values() for c in found):
         root = next(iter(judged))

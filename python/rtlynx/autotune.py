@@ -87,7 +87,7 @@ def autotune(
         DeviceError: There is no GPU, or the kernels cannot run on it.
     """
     if not torch.cuda.is_available():
-        message = f"{_OP}: there is no GPU to measure; `rtlynx info` shows what is missing"
+        message = "there is no GPU to measure; `rtlynx info` shows what is missing"
         raise DeviceError(_OP, "device", "no GPU", "a GPU", message)
     core = launch.core()
     if isinstance(model_or_problems, Sequence):

@@ -20,9 +20,10 @@ from rtlynx.config import SparsityConfig
 from rtlynx.dense_steps import check_time
 from rtlynx.derived import only_permuted
 from rtlynx.eligibility import all_sparse_layers, candidates, target_modules
-from rtlynx.errors import CompensationMismatchError
+from rtlynx.errors import CompensationMismatchError, InvalidArgumentError
 from rtlynx.fingerprint import check_fingerprint, fingerprint
 from rtlynx.io import atomic_path
+from rtlynx.layer_shapes import check_compensation
 from rtlynx.version import __version__
 
 _FORMAT = "rtlynx-compensation"
@@ -92,7 +93,9 @@ class Compensation:
         if not applied:
             modules = {prefix: root for prefix, root in modules.items() if not prefix or any(n.startswith(prefix) for n in self.layers)}
             wanted = {prefix: [c for c in candidates(root, self.config) if c.reason is None] for prefix, root in modules.items()}
-            check_fingerprint(self.layers, {prefix + c.name: c.module for prefix, found in wanted.items() for c in found})
+            layers = {prefix + c.name: c.module for prefix, found in wanted.items() for c in found}
+            check_fingerprint(self.layers, layers)
+            self._check_tensors(layers)
             self._check_time(modules)
             for root in modules.values():
                 apply(root, self.config)
@@ -104,14 +107,27 @@ class Compensation:
                     got, expected = f"a model applied with {config}", f"one applied with {self.config}"
                     raise CompensationMismatchError("Compensation", "pipe_or_module", got, expected, message)
             check_fingerprint(self.layers, all_sparse_layers(modules))
+            self._check_tensors(all_sparse_layers(modules))
             self._check_time(modules)
             for root, config in applied.values():
                 remember_config(root, replace(config, rank=self.config.rank, ranks=self.config.ranks))
         for name, layer in all_sparse_layers(modules).items():
-            scale = self.tensors.get(f"{name}.{_SCALE}", 1.0)
-            layer.set_compensation(**{key: self.tensors.get(f"{name}.{key}") for key in _TENSORS}, values_scale=scale)
+            layer.set_compensation(**self._of(name))
         for root in modules.values():
             install_bias_groups(root)
+
+    def _of(self, name: str) -> dict[str, Any]:
+        """The arguments of `SparseLinear.set_compensation` for one layer."""
+        return {key: self.tensors.get(f"{name}.{key}") for key in _TENSORS} | {_SCALE: self.tensors.get(f"{name}.{_SCALE}", 1.0)}
+
+    def _check_tensors(self, layers: Mapping[str, nn.Linear]) -> None:
+        for name, layer in layers.items():
+            try:
+                check_compensation("Compensation", layer, self.config.branch, **self._of(name))
+            except InvalidArgumentError as error:
+                got = f"{error.got} for {error.argument} of {name}"
+                message = f"does not fit layer {name}: {error.argument}: got {error.got}, expected {error.expected}"
+                raise CompensationMismatchError("Compensation", "tensors", got, error.expected, message) from error
 
     def _check_time(self, modules: Mapping[str, nn.Module]) -> None:
         if any(name.endswith(".comp_bias") and tensor.dim() == 2 for name, tensor in self.tensors.items()):
@@ -150,18 +166,24 @@ class Compensation:
             found = f"{metadata.get('format')!r}"
             why = f"is not a compensation file: its format is {found}, not {_FORMAT!r}"
             raise _unreadable(path, f"format {found}", f"format {_FORMAT!r}", why)
-        if metadata["format_version"] != str(_FORMAT_VERSION):
-            found = metadata["format_version"]
-            why = f"has format version {found}, this rtlynx reads {_FORMAT_VERSION}: make it again with rtlynx.calibrate"
-            raise _unreadable(path, f"format version {found}", f"format version {_FORMAT_VERSION}", why)
+        if (version := metadata.get("format_version")) != str(_FORMAT_VERSION):
+            why = f"has format version {version}, this rtlynx reads {_FORMAT_VERSION}: make it again with rtlynx.calibrate"
+            raise _unreadable(path, f"format version {version}", f"format version {_FORMAT_VERSION}", why)
         for name, tensor in tensors.items():
             if name.endswith(".comp_bias") and (tensor.dim() not in (1, 2) or not len(tensor)):
                 got, shapes = f"{name} has shape {tuple(tensor.shape)}", "(N,) or (groups, N)"
                 message = f"{path}: {got}, expected {shapes}"
                 raise CompensationMismatchError("Compensation", "path", got, shapes, message)
-        config: dict[str, Any] = json.loads(metadata["config"])
-        made_with: dict[str, Any] = json.loads(metadata.get("made_with", "{}"))
-        return cls(tensors, SparsityConfig.from_dict(config), json.loads(metadata["layers"]), made_with)
+        try:
+            config, layers, made_with = (json.loads({"made_with": "{}", **metadata}[key]) for key in ("config", "layers", "made_with"))
+        except (KeyError, json.JSONDecodeError) as error:
+            why = (
+                f"is damaged: its metadata has no {error}"
+                if isinstance(error, KeyError)
+                else f"is damaged: its metadata is no JSON: {error}"
+            )
+            raise _unreadable(path, "damaged metadata", "that of a compensation file", why) from error
+        return cls(tensors, SparsityConfig.from_dict(config), layers, made_with)
 
 
 def _unreadable(path: str | os.PathLike[str], got: str, expected: str, why: str) -> CompensationMismatchError:

@@ -128,10 +128,10 @@ def unsupported(layer: nn.Linear, precision: Precision) -> str | None:
         return f"its weight is a {type(layer.weight).__qualname__}, not a plain parameter"
     if "forward" in layer.__dict__ and not isinstance(layer, SparseLinear):
         return "its forward is wrapped (by an offloading hook?); call rtlynx.apply before that"
-    if layer.in_features % K_MULTIPLE:
-        return f"in_features = {layer.in_features} is not a multiple of {K_MULTIPLE}"
-    if layer.out_features % N_MULTIPLE:
-        return f"out_features = {layer.out_features} is not a multiple of {N_MULTIPLE}"
+    if layer.in_features % K_MULTIPLE or not layer.in_features:
+        return f"in_features = {layer.in_features} is not a positive multiple of {K_MULTIPLE}"
+    if layer.out_features % N_MULTIPLE or not layer.out_features:
+        return f"out_features = {layer.out_features} is not a positive multiple of {N_MULTIPLE}"
     device = weight.device.type
     dtype = layer.compute_dtype if isinstance(layer, SparseLinear) else weight.dtype
     if device not in SUPPORTED_DTYPES:

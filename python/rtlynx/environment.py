@@ -72,7 +72,7 @@ def collect() -> Environment:
         try:
             gpus = tuple(_gpu(core, torch, device) for device in core.devices())
         except RTLynxError as error:
-            missing.append(Missing("working driver", str(error), _DRIVERS))
+            missing.append(Missing("working driver", error.message, _DRIVERS))
         if _too_old(driver, built):
             consequence = "no GPU can be used: it supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
             missing.append(Missing("new enough driver", consequence, _DRIVERS))
@@ -114,7 +114,7 @@ def _gpu(core: ModuleType, torch: ModuleType | None, device: dict[str, Any]) -> 
         try:
             kernel = core.plan_sparse_linear(device["capability"], device["sms"], **EXAMPLE, dtype="bfloat16")
         except RTLynxError as error:
-            reason = str(error)
+            reason = error.message
     return Gpu(**device, kernel=kernel, reason=reason)
 
 

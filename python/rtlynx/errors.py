@@ -4,21 +4,35 @@ from __future__ import annotations
 
 
 class RTLynxError(Exception):
-    """Base class: ``except rtlynx.RTLynxError`` catches everything rtlynx raises on purpose."""
+    """Base class: ``except rtlynx.RTLynxError`` catches everything rtlynx raises on purpose.
+
+    Attributes:
+        message: What is wrong, without what it is about.
+    """
+
+    @property
+    def message(self) -> str:
+        """See the class."""
+        return str(self)
 
 
 class _Refusal(RTLynxError):
-    """What a refusal consists of, for programs that want to know; `message` is for people, by default made of the four."""
+    """What a refusal consists of, for programs that want to know; `message` is for people, in place of what was got and expected."""
 
     def __init__(self, op: str, argument: str, got: object, expected: str, message: str | None = None) -> None:
         self.op = op
         self.argument = argument
         self.got = str(got)
         self.expected = expected
-        super().__init__(message or f"{op}: argument `{argument}`: got {self.got}, expected {expected}")
+        self._message = message or f"got {self.got}, expected {expected}"
+        super().__init__(f"{op}: argument `{argument}`: {self.message}")
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str, str]]:
-        return type(self), (self.op, self.argument, self.got, self.expected, str(self))
+        return type(self), (self.op, self.argument, self.got, self.expected, self.message)
+
+    @property
+    def message(self) -> str:
+        return self._message
 
 
 class InvalidArgumentError(_Refusal, ValueError):
@@ -48,7 +62,8 @@ class CompensationMismatchError(_Refusal, ValueError):
 
     Attributes:
         op: The operation that refused, e.g. ``"Compensation"``.
-        argument: ``"pipe_or_module"`` for a model that does not fit, ``"path"`` for a file that is none or cannot be read, ``"checkpoint"``
+        argument: ``"pipe_or_module"`` for a model that does not fit, ``"path"`` for a file that is none or cannot be read, ``"tensors"``
+            for one whose tensors do not fit the layers, ``"checkpoint"``
             for a saved model whose compensation does not fit its layers.
         got: What the model or the file has, in words.
         expected: What it would need, in words.

@@ -189,7 +189,7 @@ def why_no_kernels(device: torch.device) -> str | None:
         index = torch.cuda.current_device() if device.index is None else device.index
         extension.plan_sparse_linear(gpus[index]["capability"], gpus[index]["sms"], **_ANY_LAYER)
     except RTLynxError as error:
-        return str(error)
+        return error.message
     built, driver = extension.device_code(), extension.driver_version()
     if not built["targets"]:
         return "this build of rtlynx has no device code"

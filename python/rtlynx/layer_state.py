@@ -12,7 +12,8 @@ from rtlynx.config import Branch, Precision, Selection, SmallM
 from rtlynx.derived import Derived
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, quantize_weight
-from rtlynx.reference import E4M3, EPS, MAX_RANK, RANK_MULTIPLE, places_of
+from rtlynx.layer_shapes import bias_shape, branch_problem
+from rtlynx.reference import E4M3, EPS, places_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -153,21 +154,6 @@ class LayerState(nn.Linear):
         if self.input_group is not None:
             self.input_group.tie()
 
-    def branch_problem(self, comp_down: Tensor | None, comp_up: Tensor | None) -> tuple[str, str] | None:
-        """(got, expected) when the two factors cannot be this layer's branch."""
-        if comp_down is None and comp_up is None:
-            return None
-        if self.branch == "none":
-            return "a branch", 'none, since the layer has branch="none"'
-        if comp_down is None or comp_up is None:
-            return "one of them", "both or neither"
-        rank = comp_down.shape[-1]
-        shapes = tuple(comp_down.shape), tuple(comp_up.shape)
-        if shapes != ((self.in_features, rank), (self.out_features, rank)) or rank % RANK_MULTIPLE or not 0 < rank <= MAX_RANK:
-            expected = f"({self.in_features}, r) and ({self.out_features}, r), r a multiple of {RANK_MULTIPLE} up to {MAX_RANK}"
-            return f"shapes {shapes[0]} and {shapes[1]}", expected
-        return None
-
     # ---- what is prepared from the weight ------------------------------------------------------------------------------------------------
 
     def update_prepared(self) -> None:
@@ -234,11 +220,6 @@ class LayerState(nn.Linear):
         if self.bias_group is None:
             return comp_bias[0]
         return comp_bias.index_select(0, self.bias_group.to(comp_bias.device)).view(-1)
-
-    def bias_shape(self, comp_bias: Tensor | None) -> tuple[int, ...]:
-        """The shape a `comp_bias` with as many dimensions must have: ``(N,)`` or ``(G, N)``."""
-        grouped = comp_bias is not None and comp_bias.dim() == 2 and len(comp_bias) > 0
-        return (len(comp_bias), self.out_features) if comp_bias is not None and grouped else (self.out_features,)
 
     def update_score(self) -> None:
         """Recompute `score` from the weight; `rtlynx.refresh` does it for a whole model after its weights changed.
@@ -339,12 +320,12 @@ class LayerState(nn.Linear):
         self._follow_compact(state_dict, prefix)
         # A checkpoint saved with a compensation loads into a layer that has none yet, or one of another rank: make room for it.
         found = {name: state_dict.get(prefix + name) for name in _COMPENSATION}
-        if found["comp_down"] is not None and self.branch_problem(found["comp_down"], found["comp_up"]) is None:
+        if found["comp_down"] is not None and branch_problem(self, self.branch, found["comp_down"], found["comp_up"]) is None:
             self.comp_down, self.comp_up = self._room_for(found["comp_down"]), self._room_for(found["comp_up"])
         if found["sparse_weight"] is not None and self.sparse_weight is None:
             self.sparse_weight = self._room_for(found["sparse_weight"])
         bias, present = found["comp_bias"], self.comp_bias
-        if bias is not None and bias.shape == self.bias_shape(bias) and (present is None or present.shape != bias.shape):
+        if bias is not None and bias.shape == bias_shape(self, bias) and (present is None or present.shape != bias.shape):
             self.comp_bias = self._room_for(bias)
         # Selection's tensors get room of their own: the present ones may be another layer's too, which may have other values.
         if found["shift"] is not None:

@@ -15,6 +15,7 @@ from rtlynx.epilogue import added, check_residual, in_product
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, dequantized_weight
 from rtlynx.layer_call import LayerCall
+from rtlynx.layer_shapes import check_compensation
 from rtlynx.layer_state import LayerState, SelectionInputs
 from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
@@ -170,18 +171,18 @@ class SparseLinear(LayerState):
         """
         if self.is_compact:
             raise InvalidArgumentError("SparseLinear.set_compensation", "self", "a compact layer", "one that has its weight")
-        problem = self.branch_problem(comp_down, comp_up)
-        if problem:
-            raise InvalidArgumentError("SparseLinear.set_compensation", "comp_down and comp_up", *problem)
-        n, k = self.weight.shape
-        given = {"shift": (shift, (k,)), "comp_bias": (comp_bias, self.bias_shape(comp_bias)), "permutation": (permutation, (k,))}
-        for name, (tensor, shape) in {**given, "sparse_weight": (sparse_weight, (n, k))}.items():
-            if tensor is not None and tensor.shape != shape:
-                raise InvalidArgumentError("SparseLinear.set_compensation", name, f"shape {tuple(tensor.shape)}", f"{shape}")
-        values_scale = float(values_scale)
-        check_values_scale("SparseLinear.set_compensation", values_scale)
-        if permutation is not None and not torch.equal(permutation.sort().values.cpu(), torch.arange(k)):
-            raise InvalidArgumentError("SparseLinear.set_compensation", "permutation", "channels missing or twice", "each of K once")
+        check_compensation(
+            "SparseLinear.set_compensation",
+            self,
+            self.branch,
+            comp_down=comp_down,
+            comp_up=comp_up,
+            shift=shift,
+            comp_bias=comp_bias,
+            permutation=permutation,
+            sparse_weight=sparse_weight,
+            values_scale=values_scale,
+        )
 
         def parameter(value: Tensor | None) -> nn.Parameter | None:
             return None if value is None else nn.Parameter(value.detach().to(self.weight, copy=True).contiguous(), requires_grad=False)
@@ -195,7 +196,7 @@ class SparseLinear(LayerState):
         if comp_bias is None and self.shift is not None:
             comp_bias = bias_of_shift(self)
         self.comp_bias = parameter(comp_bias)
-        self._values_scale = values_scale
+        self._values_scale = float(values_scale)
         self.derived = Derived.of(self)
         self.update_prepared()
 
@@ -298,7 +299,7 @@ class SparseLinear(LayerState):
         return self.multiply(selected, x.dtype, x.shape[:-1], residual, residual_gate)
 
     def check_input(self, op: str, argument: str, x: Tensor, others: int = 0) -> None:
-        """Refuse what is not ``(..., K - others)`` of the layer's dtype, before selection runs on it.
+        """Refuse what is not ``(..., K - others)`` of the layer's dtype and on its device, before selection runs on it.
 
         Raises:
             InvalidArgumentError: It is not.
@@ -308,6 +309,9 @@ class SparseLinear(LayerState):
             raise InvalidArgumentError(op, argument, f"shape {tuple(x.shape)}", f"shape (..., {channels})")
         if x.dtype != self.compute_dtype:
             raise InvalidArgumentError(op, argument, f"dtype {x.dtype}", f"dtype {self.compute_dtype}, as the layer's weight")
+        device = self._parameters["weight"].device  # type: ignore[union-attr]
+        if x.device != device:
+            raise InvalidArgumentError(op, argument, f"device {x.device}", f"device {device}, as the layer's weight")
 
     def takes_norm(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in the norm before it (`rtlynx.sharing.select_normed`).

@@ -206,4 +206,4 @@ def planned_kernel(layer: SparseLinear, tokens: int) -> str:
             dtype=kernel_dtype(layer.compute_dtype, layer.values_dtype),
         )
     except RTLynxError as error:
-        return f"none: {error}"
+        return f"none: {error.message}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -348,6 +349,23 @@ def test_another_model_is_refused_and_left_unchanged(calibrated: Calibrated) -> 
         rtlynx.load_compensation(nn.Sequential(nn.Linear(3, 3)), calibrated.path)
 
 
+@pytest.mark.parametrize("key, cut", [("comp_down", slice(0, 16)), ("shift", slice(0, 3)), ("comp_up", slice(0, 8))])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_tensors_that_do_not_fit_are_refused_before_a_layer_is_changed(calibrated: Calibrated, sparse: bool, key: str, cut: slice) -> None:
+    whole = Compensation.load(calibrated.path)
+    last = [name for name in whole.tensors if name.endswith(f".{key}")][-1]
+    broken = replace(whole, tensors={**whole.tensors, last: whole.tensors[last][cut]})
+    other = Pipe()
+    if sparse:
+        rtlynx.apply(other)
+    with pytest.raises(CompensationMismatchError, match=re.escape(last.removesuffix(f".{key}"))) as refusal:
+        broken.apply_to(other)
+    assert refusal.value.argument == "tensors" and "expected" in str(refusal.value)
+    layers = sparse_layers(other.transformer)
+    assert bool(layers) is sparse
+    assert all(layer.rank == 0 and layer.shift is None for layer in layers.values())
+
+
 def test_other_arithmetic_is_refused(calibrated: Calibrated) -> None:
     other = Pipe()
     rtlynx.apply(other, SparsityConfig(branch="input"))
@@ -364,6 +382,10 @@ def test_other_files_are_refused(tmp_path: Path, calibrated: Calibrated) -> None
     for name, version in (("older", "1"), ("newer", "99")):  # in version 1 comp_down was (r, K)
         metadata = {"format": "rtlynx-compensation", "format_version": version, "config": json.dumps({}), "layers": "{}"}
         save_file({"a": torch.zeros(1)}, tmp_path / name, metadata)
+    for name, left in (("no layers", {"config": "{}"}), ("no json", {"config": "{", "layers": "{}"})):
+        save_file({"a": torch.zeros(1)}, tmp_path / name, {"format": "rtlynx-compensation", "format_version": "2", **left})
+        with pytest.raises(CompensationMismatchError, match="is damaged"):
+            Compensation.load(tmp_path / name)
     pieces = {"text": "not a safetensors file", "plain": "not a compensation file", "older": "version 1, ", "newer": "version 99, "}
     for name, piece in pieces.items():
         with pytest.raises(CompensationMismatchError, match=piece) as refusal:

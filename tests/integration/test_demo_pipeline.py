@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,12 @@ from rtlynx.errors import InvalidArgumentError
 _PROMPT = "a red circle at the top left and a blue star at the bottom right on yellow stripes"
 _OTHER = "a green ring at the centre on plain cyan"
 _TINY = PRESETS["tiny"]
+
+
+def test_older_diffusers_find_the_classes_of_its_components() -> None:
+    parameters = inspect.signature(ScenesPipeline.__init__).parameters
+    assert parameters["transformer"].annotation is FluxTransformer2DModel
+    assert parameters["scheduler"].annotation is FlowMatchEulerDiscreteScheduler
 
 
 @pytest.fixture(scope="module")

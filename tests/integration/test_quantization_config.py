@@ -83,7 +83,7 @@ def test_layers_that_cannot_be_sparse_stay_dense_and_say_why(vanilla: Path, capl
     with caplog.at_level(logging.WARNING, "rtlynx"):
         model = load(vanilla, config)
     rows = {row.name: row for row in rtlynx.summary(model)}
-    reason = "in_features = 16 is not a multiple of 64"
+    reason = "in_features = 16 is not a positive multiple of 64"
     assert rows["x_embedder"].reason == reason and f"dense: x_embedder: {reason}" in caplog.text
     assert rows["transformer_blocks.0.ff.net.2"].sparse
 

@@ -113,8 +113,8 @@ def test_layers_that_cannot_be_sparse_stay_dense_with_a_reason(caplog: pytest.Lo
     why = reasons(module)
     assert [row.name for row in rtlynx.summary(module) if row.sparse] == ["good"]
     for name, piece in {
-        "k": "in_features = 96 is not a multiple of 64",
-        "n": "out_features = 12 is not a multiple of 8",
+        "k": "in_features = 96 is not a positive multiple of 64",
+        "n": "out_features = 12 is not a positive multiple of 8",
         "subclass": "Subclass",
         "lazy": "LazyLinear",
         "wide": "float64 on cpu",
@@ -243,6 +243,19 @@ def test_a_second_transformer_is_served_too(caplog: pytest.LogCaptureFixture) ->
     for shared in (pipe.transformer, torch.compile(pipe.transformer, backend="eager"), None):
         pipe.transformer_2 = shared
         assert len(rtlynx.summary(pipe)) == 8
+
+
+@pytest.mark.parametrize("config", [{"rank": 32}, True, 64])
+def test_a_config_of_another_kind_is_refused(config: object) -> None:
+    with pytest.raises(InvalidArgumentError, match="expected a SparsityConfig"):
+        rtlynx.apply(nn.Sequential(nn.Linear(64, 64)), config)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_channels_stay_dense() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 0), nn.Linear(0, 64))
+    rtlynx.apply(model, SparsityConfig(include=("*",)))
+    assert [type(layer) for layer in model] == [SparseLinear, nn.Linear, nn.Linear]
 
 
 def test_what_refuses_leaves_both_transformers_as_they_were() -> None:

@@ -6,6 +6,7 @@ The script has no dependencies, so rustc compiles it alone, and each test runs i
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,13 @@ def test_without_nvcc_the_build_fails_and_names_the_places_tried(build: Build, t
     assert -1 not in positions and positions == sorted(positions), result.stderr
     assert "RTLYNX_NO_DEVICE_CODE=1" in result.stderr and "pip install" in result.stderr
     assert not (build.out / "device_code.rs").exists()
+
+
+def test_the_wheels_it_names_are_those_that_pip_fetches(build: Build) -> None:
+    wanted = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    wheels = re.findall(r'"(nvidia-[^;"]+)', wanted[: wanted.index("build-backend")])
+    assert len(wheels) == 5
+    assert set(re.findall(r'"(nvidia-[^"]+)"', build.run().stderr)) == set(wheels)
 
 
 def test_no_device_code_needs_no_nvcc(build: Build) -> None:

@@ -172,7 +172,7 @@ def test_refusals_are_one_line_and_exit_code_2(machine: Callable[..., None]) -> 
     machine(core(devices=None), torch_seeing(0))
     result = run("demo", "--device", "cuda")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: demo: the kernels cannot run on cuda: NVIDIA driver missing")
+    assert result.stderr.startswith("error: demo: argument `device`: the kernels cannot run on cuda: NVIDIA driver missing")
     assert result.stderr.count("\n") == 1
 
 
@@ -191,6 +191,14 @@ def test_wrong_options_are_exit_code_2(options: tuple[str, str]) -> None:
     result = run("demo", *options)
     assert result.exit_code == 2
     assert options[0] in re.sub(r"\x1b\[[0-9;]*m", "", result.stderr)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("rtlynx.demo.run.run_demo", lambda *_: pytest.fail("sampled"))
+    result = run("demo", "--device", "cpu", "--out", str(tmp_path / "file" / "folder"))
+    assert result.exit_code == 2
+    assert "cannot be made" in result.stderr
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ def test_plan_refuses_problems_outside_the_format(argument: str, got: object) ->
 
 
 def test_plan_refuses_gpus_without_sparse_tensor_cores() -> None:
-    with pytest.raises(DeviceError, match=r"sparse_linear: got a GPU of compute capability 7\.5, expected 8\.0 or newer") as refusal:
+    with pytest.raises(
+        DeviceError, match=r"sparse_linear: argument `device`: got a GPU of compute capability 7\.5, expected 8\.0"
+    ) as refusal:
         _core.plan_sparse_linear((7, 5), 40, 64, 64, 128, 0, "bfloat16")
     assert parts(refusal.value) == ("sparse_linear", "device", "compute capability 7.5", "compute capability 8.0 or newer")
 

@@ -54,6 +54,8 @@ except RTLynxError as error:
     print(f"{{type(error).__name__}}: {{error}}")
 """
 
+REFUSED = "DeviceError: sparse_linear: argument `device`: "
+
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -81,14 +83,16 @@ def test_devices_are_described(driver: Path) -> None:
 def test_a_driver_without_gpus_has_no_devices(driver: Path) -> None:
     devices, message = run(driver, "print(_core.devices()); sparsify()", init=100)
     assert devices == "[]"
-    assert message.startswith("DeviceError: no usable NVIDIA driver: the driver library finds no GPU (CUDA_ERROR_NO_DEVICE)")
+    assert message.startswith(
+        REFUSED.replace("sparse_linear", "sparsify") + "no usable NVIDIA driver: the driver library finds no GPU (CUDA_ERROR_NO_DEVICE)"
+    )
 
 
 @needs_device_code
 def test_an_old_driver_is_refused_before_anything_is_loaded(driver: Path) -> None:
     *calls, message = run(driver, "sparse_linear()", version=12040)
     assert "load" not in calls and not any(call.startswith("launch") for call in calls)
-    assert message.startswith("DeviceError: the NVIDIA driver is too old: got a driver for CUDA 12.4, expected one for CUDA 13.0 or newer")
+    assert message.startswith(REFUSED + "the NVIDIA driver is too old: got a driver for CUDA 12.4, expected one for CUDA 13.0 or newer")
 
 
 def test_errors_about_the_device_say_what_they_consist_of(driver: Path) -> None:
@@ -118,13 +122,13 @@ def test_a_build_without_device_code_says_so(driver: Path) -> None:
 
 @needs_device_code
 def test_ptx_newer_than_the_driver_reads_as_an_old_driver(driver: Path) -> None:
-    assert run(driver, "sparse_linear()", load=222)[-1].startswith("DeviceError: the NVIDIA driver is too old")
+    assert run(driver, "sparse_linear()", load=222)[-1].startswith(REFUSED + "the NVIDIA driver is too old")
 
 
 @pytest.mark.parametrize("op", ["sparsify", "sparse_linear", "fused_linear"])
 def test_an_old_gpu_is_refused(driver: Path, op: str) -> None:
     (message,) = run(driver, f"{op}()", capability=75)
-    assert message.startswith(f"DeviceError: {op}: got a GPU of compute capability 7.5, expected 8.0 or newer")
+    assert message.startswith(f"DeviceError: {op}: argument `device`: got a GPU of compute capability 7.5, expected 8.0 or newer")
 
 
 def test_an_absent_device_is_refused(driver: Path) -> None:
@@ -236,7 +240,7 @@ def test_an_activation_is_refused_where_no_kernel_does_it(driver: Path) -> None:
     listed, refused = run(driver, "print(_core.activations(0)); sparsify(activation='gelu_tanh')", capability=89)
     assert listed == "['none', 'norm']"
     assert refused.startswith(
-        "DeviceError: sparsify: got an activation on a GPU of compute capability 8.9, expected compute capability 9.0"
+        "DeviceError: sparsify: argument `device`: got an activation on a GPU of compute capability 8.9, expected compute capability 9.0"
     )
     (message,) = run(driver, "sparsify(activation='relu')")
     assert message == "InvalidArgumentError: sparsify: argument `activation`: got relu, expected none, gelu_tanh, silu_gate, norm"
@@ -312,21 +316,21 @@ def test_other_gpus_get_no_maps(driver: Path, capability: int) -> None:
 def test_a_refused_map_is_named_and_nothing_is_launched(driver: Path) -> None:
     *calls, popped, message = run(driver, HOPPER.format(rank=64), encode=1)
     assert popped == "pop" and not any(call.startswith("launch") for call in calls)
-    assert message == "DeviceError: cuTensorMapEncodeTiled failed with CUDA_ERROR_INVALID_VALUE (CUDA error 1)"
+    assert message == REFUSED + "cuTensorMapEncodeTiled failed with CUDA_ERROR_INVALID_VALUE (CUDA error 1)"
 
 
 @needs_device_code
 def test_an_old_driver_is_refused_before_it_is_asked_for_a_map(driver: Path) -> None:
     *calls, message = run(driver, HOPPER.format(rank=64), version=11080)
     assert not any(call.startswith("map") for call in calls)
-    assert message.startswith("DeviceError: the NVIDIA driver is too old: got a driver for CUDA 11.8")
+    assert message.startswith(REFUSED + "the NVIDIA driver is too old: got a driver for CUDA 11.8")
 
 
 @needs_device_code
 def test_a_failed_launch_is_named(driver: Path) -> None:
     *_, popped, message = run(driver, "sparse_linear()", launch=719)
     assert popped == "pop"
-    assert message == "DeviceError: cuLaunchKernelEx failed with CUDA_ERROR_LAUNCH_FAILED (CUDA error 719)"
+    assert message == REFUSED + "cuLaunchKernelEx failed with CUDA_ERROR_LAUNCH_FAILED (CUDA error 719)"
 
 
 def test_no_rows_launch_nothing(driver: Path) -> None:

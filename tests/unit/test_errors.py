@@ -20,7 +20,9 @@ def test_a_refusal_says_what_it_consists_of(error: type[rtlynx.InvalidArgumentEr
         assert type(copied) is error and str(copied) == str(said)
         for each in (said, copied):
             assert (each.op, each.argument, each.got, each.expected) == ("sparsify", "k", "65", "a multiple of 64")
-    assert str(said) == "65 is not enough"
+    assert plain.message == "got 65, expected a multiple of 64"
+    assert str(said) == "sparsify: argument `k`: 65 is not enough"
+    assert said.message == copied.message == "65 is not enough"
 
 
 @pytest.mark.parametrize("error, builtin", [*zip(REFUSALS, [ValueError, RuntimeError, ValueError], strict=True)])

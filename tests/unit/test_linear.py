@@ -269,6 +269,7 @@ def test_repr_says_what_matters() -> None:
         (tokens(3, dtype=torch.bfloat16), "dtype torch.bfloat16", "dtype torch.float32, as the layer's weight"),
         (torch.randn(3, K // 2), f"shape (3, {K // 2})", f"shape (..., {K})"),
         (torch.randn(()), "shape ()", f"shape (..., {K})"),
+        (torch.empty(3, K, device="meta"), "device meta", "device cpu, as the layer's weight"),
     ],
 )
 @pytest.mark.parametrize("entry", ["forward", "forward_gated", "forward_activated"])
@@ -277,7 +278,11 @@ def test_an_input_that_does_not_fit_is_refused_before_selection(
 ) -> None:
     layer = compensated()
     monkeypatch.setattr(ops, "sparsify", None)  # were it called, that would be another error
-    arguments = {"forward": (), "forward_gated": (torch.zeros(*x.shape[:-1], N, dtype=x.dtype),), "forward_activated": ("gelu_tanh",)}
+    arguments = {
+        "forward": (),
+        "forward_gated": (torch.zeros(*x.shape[:-1], N, dtype=x.dtype, device=x.device),),
+        "forward_activated": ("gelu_tanh",),
+    }
     with pytest.raises(InvalidArgumentError) as refused:
         getattr(layer, entry)(x, *arguments[entry])
     assert refused.value.op.startswith("SparseLinear") and refused.value.argument in ("input", "x")

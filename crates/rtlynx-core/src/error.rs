@@ -38,7 +38,7 @@ pub enum Error {
         required: (u32, u32),
     },
     /// The GPU has no sparse tensor cores.
-    #[error("{op}: got a GPU of compute capability {}.{}, expected 8.0 or newer: older GPUs have no sparse tensor cores", capability.0, capability.1)]
+    #[error("got a GPU of compute capability {}.{}, expected 8.0 or newer: older GPUs have no sparse tensor cores", capability.0, capability.1)]
     UnsupportedArch {
         /// The operation that refused.
         op: &'static str,
@@ -46,7 +46,7 @@ pub enum Error {
         capability: (u32, u32),
     },
     /// The GPU has no sparse tensor cores for such operands that kernels here are written for.
-    #[error("{op}: got e4m3 operands on a GPU of compute capability {}.{}, expected compute capability 9.0, or 16-bit operands", capability.0, capability.1)]
+    #[error("got e4m3 operands on a GPU of compute capability {}.{}, expected compute capability 9.0, or 16-bit operands", capability.0, capability.1)]
     UnsupportedPrecision {
         /// The operation that refused.
         op: &'static str,
@@ -54,7 +54,7 @@ pub enum Error {
         capability: (u32, u32),
     },
     /// The kernels of the GPU select from a tensor as it is.
-    #[error("{op}: got an activation on a GPU of compute capability {}.{}, expected compute capability 9.0, or the activation applied before", capability.0, capability.1)]
+    #[error("got an activation on a GPU of compute capability {}.{}, expected compute capability 9.0, or the activation applied before", capability.0, capability.1)]
     UnsupportedActivation {
         /// The operation that refused.
         op: &'static str,
@@ -101,9 +101,9 @@ mod tests {
         let error = Error::DriverTooOld { driver: (12, 4), required: (13, 0) };
         assert!(error.to_string().contains("got a driver for CUDA 12.4, expected one for CUDA 13.0"), "{error}");
         let error = Error::UnsupportedArch { op: "sparse_linear", capability: (7, 5) };
-        assert!(error.to_string().starts_with("sparse_linear: got a GPU of compute capability 7.5, expected 8.0"), "{error}");
+        assert!(error.to_string().starts_with("got a GPU of compute capability 7.5, expected 8.0"), "{error}");
         let error = Error::UnsupportedPrecision { op: "sparsify", capability: (8, 9) };
         let expected = "got e4m3 operands on a GPU of compute capability 8.9, expected compute capability 9.0, or 16-bit operands";
-        assert_eq!(error.to_string(), format!("sparsify: {expected}"));
+        assert_eq!(error.to_string(), expected);
     }
 }

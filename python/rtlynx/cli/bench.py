@@ -292,5 +292,5 @@ def require_gpu() -> None:
     from rtlynx.errors import DeviceError
 
     if not torch.cuda.is_available():
-        message = "bench: there is no GPU to measure; `rtlynx info` shows what is missing"
+        message = "there is no GPU to measure; `rtlynx info` shows what is missing"
         raise DeviceError("bench", "device", "no GPU", "a GPU", message)

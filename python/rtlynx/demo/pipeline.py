@@ -1,6 +1,7 @@
-"""`ScenesPipeline`: a diffusers text-to-image pipeline around the demo's transformer."""
+"""`ScenesPipeline`: a diffusers text-to-image pipeline around the demo's transformer.
 
-from __future__ import annotations
+Its annotations are classes, not strings: diffusers before 0.37 looks up in them what it has to load.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -62,7 +62,7 @@ def choose_place(wanted: str) -> Place:
     reasons = [f"cuda:{gpu.index} ({gpu.name}): {gpu.reason}" for gpu in candidates]
     reasons = reasons or [f"{item.what} missing: {item.consequence}" for item in environment.missing] or [f"there is no {wanted}"]
     got = "; ".join(reasons)
-    message = f"demo: the kernels cannot run on {wanted}: {got}. `rtlynx info` shows what runs where"
+    message = f"the kernels cannot run on {wanted}: {got}. `rtlynx info` shows what runs where"
     raise DeviceError("demo", "device", got, "a GPU on which the kernels run", message)
 
 

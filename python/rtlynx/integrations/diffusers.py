@@ -25,6 +25,7 @@ from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived
 from rtlynx.eligibility import sparse_layers, unsupported
 from rtlynx.errors import CompensationMismatchError, InvalidArgumentError
+from rtlynx.layer_shapes import bias_shape, branch_problem
 from rtlynx.linear import SparseLinear
 from rtlynx.reference import E4M3
 
@@ -267,7 +268,7 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
     Raises:
         CompensationMismatchError: One of a pair is absent, a shape is wrong, or a tensor was left out while loading.
     """
-    problem = layer.branch_problem(layer.comp_down, layer.comp_up)
+    problem = branch_problem(layer, layer.branch, layer.comp_down, layer.comp_up)
     if problem is not None:
         got, expected = problem
         raise _mismatch(f"{name}: the checkpoint's comp_down and comp_up: got {got}, expected {expected}", got, expected)
@@ -283,7 +284,7 @@ def _check_compensation(name: str, layer: SparseLinear) -> None:
         if value is None:
             continue
         if tensor == "comp_bias":
-            shape = layer.bias_shape(value)
+            shape = bias_shape(layer, value)
         if value.shape != shape:
             got = f"shape {tuple(value.shape)}"
             raise _mismatch(f"{name}: the checkpoint's {tensor} has {got}, expected {shape}", got, f"shape {shape}")

@@ -21,11 +21,6 @@ __device__ __forceinline__ void cp_async_16_if(uint32_t shared, const void* glob
       : "memory");
 }
 
-// cp_async_16 for 4 bytes, through L1.
-__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0) : "memory");
-}
-
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most `Pending` of this thread's newest groups are in flight.

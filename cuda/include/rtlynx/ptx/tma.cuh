@@ -7,10 +7,6 @@
 
 namespace rtlynx::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Copies the box at (column, row) of a 2-d tensor to shared memory; what lies outside the tensor arrives as zeros and counts as bytes too.
 __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap& map, int column, int row, uint32_t barrier) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
