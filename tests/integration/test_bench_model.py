@@ -52,6 +52,31 @@ SMALL: dict[str, dict[str, Any]] = {
         "axes_dims": [8, 12, 12],
     },
     "wan-2.1-14b": {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "freq_dim": 32, "ffn_dim": 256, "num_layers": 1},
+    "flux.2-dev-part": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (8, 8, 8, 8),
+    },
+    "chroma-part": {
+        **{key: value for key, value in SMALL_FLUX.items() if key != "pooled_projection_dim"},
+        "approximator_num_channels": 16,
+        "approximator_hidden_dim": 64,
+        "approximator_layers": 1,
+    },
+    "hunyuan-video-part": {
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 64,
+        "pooled_projection_dim": 32,
+        "rope_axes_dim": (8, 12, 12),
+    },
 }
 
 
@@ -64,6 +89,7 @@ def test_every_model_has_a_small_one() -> None:
     assert set(SMALL) == set(MODELS)
 
 
+@pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")  # diffusers' own, in Chroma
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_of_every_model(name: str) -> None:
     rows, notes = measure_step(small(name), CPU, rank=16, repeats=2, compiled=False, modes=("naive", "compensated"))
@@ -91,16 +117,21 @@ def test_compiled_steps() -> None:
 
 
 def test_modes_with_hooks_around_layers_and_blocks() -> None:
-    modes = ("compensated", "fp8-storage", "first-block-cache")
+    modes = ("compensated", "fp8-storage", "first-block-cache", "dense fp8-storage", "dense first-block-cache")
     rows, notes = measure_step(small("flux.1-dev"), CPU, rank=16, repeats=1, modes=modes, compile_options={"backend": "aot_eager"})
     found = {(row.mode, row.compiled): row for row in rows}
     assert set(found) == {
         *((mode, compiled) for mode in ("dense", "rank 16") for compiled in (False, True)),
         ("rank 16, fp8-storage", False),
         ("rank 16, first-block-cache", False),
+        ("dense fp8-storage", False),
+        ("dense first-block-cache", False),
     }
     sparse, stored, cached = (found[mode, False] for mode in ("rank 16", "rank 16, fp8-storage", "rank 16, first-block-cache"))
     assert stored.memory_gb < 0.75 * sparse.memory_gb
+    dense, dense_stored, dense_cached = (found[mode, False] for mode in ("dense", "dense fp8-storage", "dense first-block-cache"))
+    assert dense_stored.memory_gb < 0.75 * dense.memory_gb and dense_cached.gemm_ms < dense.gemm_ms
+    assert dense_stored.select_ms == dense_cached.select_ms == 0
     assert cached.gemm_ms < sparse.gemm_ms and cached.attention_ms < sparse.attention_ms  # one of two blocks runs
     assert not any("not finite" in note for note in notes)
     _, notes = measure_step(small("z-image"), CPU, rank=16, repeats=1, compiled=False, modes=("first-block-cache",))
@@ -202,6 +233,7 @@ def test_the_picture(tmp_path: Path) -> None:
     assert save_picture(tmp_path / "model.csv").read_text() == first
 
 
+@pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")  # diffusers' own, in Chroma
 @pytest.mark.parametrize("name", MODELS)
 def test_calibration_of_every_model(name: str) -> None:
     times = measure_calibration(small(name), CPU, rank=16, prompts=2, steps=2, progress=False)

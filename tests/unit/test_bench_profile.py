@@ -17,7 +17,7 @@ from rtlynx.errors import RTLynxError
 
 NAMES = ["ID", "Kernel Name", "gpu__time_duration.sum", *(f"sm__{name}.avg.pct_of_peak_sustained_elapsed" for name in "abc"), "other"]
 UNITS = ["", "", "ns", "%", "%", "%", ""]
-GEMM = ["0", "spmm(Params)", "1,234", "75.5", "9.9", "83.25", "7"]
+GEMM = ["0", "void spmm<int, 3>(Params)", "1,234", "75.5", "9.9", "83.25", "7"]
 SELECT = ["1", "sparsify(Params)", "500", "", "53", "n/a", "7"]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rtlynx import _core, ops
 from rtlynx.bench.peers import Operands, fastest_kernels, prepare
-from rtlynx.fp8 import missing_kernels, quantize_weight
+from rtlynx.errors import DeviceError
+from rtlynx.fp8 import quantize_weight
 from rtlynx.layer_times import LayerTimes
 from rtlynx.reference import E4M3
 from rtlynx.timing import time_interleaved
@@ -34,7 +35,10 @@ def layer_calls(m: int, n: int, k: int, rank: int, peers: bool = True) -> tuple[
     moved = torch.empty(_selection_bytes(m, k, rank) // 2, dtype=torch.int8, device="cuda")
     target = torch.empty_like(moved)
     others, missing = prepare(Operands(x, weight, bias, down, up, sparse)) if peers else ({}, {})
-    in_fp8 = {} if missing_kernels(x.device) else _in_fp8(x, weight, bias, down, up)
+    try:
+        in_fp8 = _in_fp8(x, weight, bias, down, up)
+    except DeviceError:  # neither older GPUs nor the kernels for every GPU multiply it
+        in_fp8 = {}
     calls: dict[str, Callable[[], object]] = {
         "dense": lambda: F.linear(x, weight, bias),
         "gemm": gemm,

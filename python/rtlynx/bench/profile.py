@@ -25,7 +25,7 @@ WHAT = ("gemm", "gemm_e4m3", "cutlass_mm", "select", "select_e4m3")
 """The calls of `rtlynx.bench.layer.layer_calls` that are profiled, each of one kernel; of several kernels the fastest."""
 
 _SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats")
-_PEAK = ".pct_of_peak_sustained_elapsed"
+_PEAK = ".avg.pct_of_peak_sustained_elapsed"
 _LEAST_PERCENT = 10.0
 """Of its peak that a unit must reach to be worth a row."""
 
@@ -91,7 +91,7 @@ def _rows(output: str, calls: Sequence[tuple[int, int, int, str]], rank: int) ->
     if len(kernels) != len(calls):
         raise RTLynxError(f"bench profile: ncu saw {len(kernels)} kernels, expected one for each of {len(calls)} calls:\n{output[-2000:]}")
     return [
-        Utilisation(m, n, k, rank, what, kernel["Kernel Name"].partition("(")[0], metric, value, units[metric])
+        Utilisation(m, n, k, rank, what, _short(kernel["Kernel Name"]), metric, value, units[metric])
         for (m, n, k, what), kernel in zip(calls, kernels, strict=True)
         for metric in kernel
         if (value := _value(kernel[metric])) is not None and _worth_a_row(metric, value)
@@ -108,8 +108,13 @@ def fullest(rows: Sequence[Utilisation], count: int = 4) -> list[dict[str, objec
 
 
 def _worth_a_row(metric: str, value: float) -> bool:
-    whole = ("gpu__time_duration.sum", "smsp__cycles_elapsed.avg.per_second", "smsp__cycles_active.avg")
+    whole = ("gpu__time_duration.sum", "gpc__cycles_elapsed.avg.per_second", "smsp__cycles_elapsed.avg.per_second")
     return metric in whole or (metric.endswith(_PEAK) and value >= _LEAST_PERCENT)
+
+
+def _short(kernel: str) -> str:
+    """Without arguments and template arguments, which fill a page."""
+    return kernel.removeprefix("void ").partition("(")[0].partition("<")[0]
 
 
 def _value(text: str | None) -> float | None:

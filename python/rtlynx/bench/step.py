@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,19 +110,19 @@ def _fp8(module: nn.Module, rank: int) -> None:
     quantize_(module, config, filter_fn=lambda _, name: name in chosen)
 
 
-def _fp8_storage(module: nn.Module, rank: int) -> None:
+def _fp8_storage(module: nn.Module, rank: int, before: Callable[[nn.Module, int], None] = _compensated) -> None:
     """Compensated, and every layer's weight stored in fp8 until it runs: diffusers' layerwise casting."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:  # casting would change those of the other modes
                 part._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
-    _compensated(module, rank)
+    before(module, rank)
     module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)  # type: ignore[operator]
 
 
-def _first_block_cache(module: nn.Module, rank: int) -> None:
+def _first_block_cache(module: nn.Module, rank: int, before: Callable[[nn.Module, int], None] = _compensated) -> None:
     """Compensated, in a step whose first block finds so little changed that the other blocks are skipped."""
-    _compensated(module, rank)
+    before(module, rank)
     if not hasattr(module, "enable_cache"):
         raise Unavailable(f"{type(module).__name__} has no caches")
     from diffusers import FirstBlockCacheConfig
@@ -139,13 +140,16 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
     "fp8": _fp8,
     "fp8-storage": _fp8_storage,
     "first-block-cache": _first_block_cache,
+    "dense fp8-storage": partial(_fp8_storage, before=_dense),
+    "dense first-block-cache": partial(_first_block_cache, before=_dense),
 }
 """Name → what makes a model of random weights one of this mode, given the rank."""
 USUAL_MODES = ("dense", "naive", "compensated", "sparse fp8", "fp8")
 WITHOUT = " without "
 """Between a mode and the class of the blocks that are left as diffusers wrote them: ``"sparse fp8 without FluxAttention"``."""
-_EAGER_ONLY = ("fp8-storage", "first-block-cache")  # hooks around the layers or blocks: no whole graph
-_WITH_BRANCH = ("compensated", "sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", *_EAGER_ONLY)
+_HOOKED = ("fp8-storage", "first-block-cache")
+_EAGER_ONLY = (*_HOOKED, *(f"dense {mode}" for mode in _HOOKED))  # hooks around the layers or blocks: no whole graph
+_WITH_BRANCH = ("compensated", "sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", *_HOOKED)
 
 
 @torch.no_grad()

@@ -12,7 +12,14 @@ from rtlynx.errors import InvalidArgumentError
 
 
 def model(
-    name: Annotated[str, typer.Option("--model", help="flux.1-dev, flux.1-schnell, qwen-image, z-image or wan-2.1-14b.")],
+    name: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="flux.1-dev, flux.1-schnell, qwen-image, z-image, wan-2.1-14b; with few of their blocks flux.2-dev-part, chroma-part, "
+            "hunyuan-video-part.",
+        ),
+    ],
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw the weights: nothing is downloaded.")] = False,
     height: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,
     width: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,
@@ -25,7 +32,7 @@ def model(
         typer.Option(
             "--mode",
             help="naive, compensated, 'sparse fp8', fp8 (these by default); 'sparse fp8 compact', 'sparse fp8 unfused', fp8-storage, "
-            "first-block-cache. With ' without CLASS' behind it, blocks of that class are not fused.",
+            "first-block-cache, each also with 'dense ' before it. With ' without CLASS' behind it, blocks of that class are not fused.",
         ),
     ] = None,
     out: Annotated[
