@@ -152,6 +152,20 @@ def z_image_blocks(blocks: str, count: int) -> Layers:
     )
 
 
+Z_IMAGE = Case(
+    "ZImageTransformer2DModel",
+    {},
+    "z-image",
+    z_image_blocks("layers", 30) | z_image_blocks("noise_refiner", 2) | z_image_blocks("context_refiner", 2),
+    layers(
+        ("layers.*.adaLN_modulation.0", 256, 4 * 3840, 30),
+        ("noise_refiner.*.adaLN_modulation.0", 256, 4 * 3840, 2),
+        ("all_final_layer.2-1.adaLN_modulation.1", 256, 3840, 1),
+        ("t_embedder.mlp.0", 256, 1024, 1),
+        ("t_embedder.mlp.2", 1024, 256, 1),
+    ),
+    layers(("all_x_embedder.2-1", 64, 3840, 1), ("cap_embedder.1", 2560, 3840, 1), ("all_final_layer.2-1.linear", 3840, 64, 1)),
+)
 FLUX_DEV = Case(
     "FluxTransformer2DModel",
     {"guidance_embeds": True},
@@ -182,20 +196,7 @@ CASES = {
     ),
     "Qwen-Image": qwen_image(),
     "Qwen-Image-Edit-2511": qwen_image(zero_cond_t=True),
-    "Z-Image": Case(
-        "ZImageTransformer2DModel",
-        {},
-        "z-image",
-        z_image_blocks("layers", 30) | z_image_blocks("noise_refiner", 2) | z_image_blocks("context_refiner", 2),
-        layers(
-            ("layers.*.adaLN_modulation.0", 256, 4 * 3840, 30),
-            ("noise_refiner.*.adaLN_modulation.0", 256, 4 * 3840, 2),
-            ("all_final_layer.2-1.adaLN_modulation.1", 256, 3840, 1),
-            ("t_embedder.mlp.0", 256, 1024, 1),
-            ("t_embedder.mlp.2", 1024, 256, 1),
-        ),
-        layers(("all_x_embedder.2-1", 64, 3840, 1), ("cap_embedder.1", 2560, 3840, 1), ("all_final_layer.2-1.linear", 3840, 64, 1)),
-    ),
+    **dict.fromkeys(("Z-Image", "Z-Image-Turbo"), Z_IMAGE),  # Turbo is distilled from it
     "Chroma1-HD": Case(
         "ChromaTransformer2DModel",
         {},
