@@ -174,6 +174,24 @@ def test_work_is_counted() -> None:
     assert found[0].tolist() == pytest.approx((2e-10 * (192 * per_output + torch.tensor([0, 0, 64 * 16]))).tolist())
 
 
+def test_calls_by_position_and_lists_of_samples() -> None:
+    model, inputs = TINY["z_image"].build("cpu", torch.float32), TINY["z_image"].inputs("cpu", torch.float32)
+    given = [inputs["x"], inputs["t"], inputs["cap_feats"]]  # as its pipeline does
+
+    def run() -> torch.Tensor:
+        return model(*given, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    trajectory = Trajectory()
+    with trajectory.recording(model), torch.no_grad():
+        run()
+    ((_, recorded, _),) = trajectory.calls
+    assert list(recorded) == ["x", "t", "cap_feats", "return_dict"]
+    assert torch.equal(recorded["x"][0], inputs["x"][0]) and recorded["x"][0] is not inputs["x"][0]
+    assert trajectory.errors(model).relative() == 0
+    found = rtlynx.search(model, run=run, budget=0.8, config=CONFIG, ranks=(0, 16), times="work", refine=1, progress=False)
+    assert found.points[0].share <= 0.8 + 1e-9 and 0 < trajectory.errors(model).relative() < 1
+
+
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, table: Path) -> None:
     pipe = tiny_pipeline()
     for arguments, piece in (

@@ -191,7 +191,14 @@ def _caster(model: nn.Module) -> Callable[[int, dict[str, Any]], dict[str, Any]]
     to = next(model.parameters()).dtype
 
     def adapt(call: int, inputs: dict[str, Any]) -> dict[str, Any]:
-        own = next((value.dtype for key, value in inputs.items() if key == "hidden_states" and isinstance(value, Tensor)), None)
-        return {key: value.to(to) if isinstance(value, Tensor) and value.dtype is own else value for key, value in inputs.items()}
+        latents = inputs.get("hidden_states", inputs.get("x"))
+        own = getattr(latents[0] if isinstance(latents, (list, tuple)) else latents, "dtype", None)
+
+        def cast(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return type(value)(map(cast, value))
+            return value.to(to) if isinstance(value, Tensor) and value.dtype is own else value
+
+        return {key: cast(value) for key, value in inputs.items()}
 
     return adapt

@@ -5,6 +5,7 @@ Compared there, the error is the model's alone: it does not grow because an earl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class Trajectory:
     def recording(self, model: nn.Module, wanted: Callable[[int], bool] = lambda call: True, per_run: int | None = None) -> Iterator[None]:
         """Record while the model runs inside the block.
 
-        Only calls by keyword alone, which is how diffusers' pipelines make them, can be asked again.
+        Arguments by position, with which some pipelines call, are recorded by their names.
 
         Args:
             model: The dense one.
@@ -41,8 +42,9 @@ class Trajectory:
         def record(module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> None:
             if self._number == per_run:
                 self.begin_run()
-            if wanted(self._number) and not args:
-                copied = {key: self._copy(value) for key, value in inputs.items()}
+            if wanted(self._number):
+                named = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **inputs}
+                copied = {key: self._copy(value) for key, value in named.items()}
                 self.calls.append((self._number, copied, prediction(output).clone()))
             self._number += 1
 
@@ -60,6 +62,8 @@ class Trajectory:
 
     def _copy(self, value: Any) -> Any:
         """A copy, since a scheduler may write to its latents; what does not change from step to step is copied once."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._copy, value))
         if not isinstance(value, Tensor):
             return value
         version = 0 if value.is_inference() else value._version

@@ -293,7 +293,7 @@ def record(root: nn.Module, runs: Sequence[Run], calls: int) -> Trajectory:
             run()
             trajectory.begin_run()
     if not trajectory.calls:
-        raise InvalidArgumentError("search", "held-out runs", "no call of the model by keyword", "calls as diffusers' pipelines make them")
+        raise InvalidArgumentError("search", "held-out runs", "no call of the model", "runs that call it")
     return trajectory
 
 
