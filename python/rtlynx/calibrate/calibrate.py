@@ -153,11 +153,10 @@ def calibrate(
         for input in found:
             for names, round in processes.all(partial(_solve, input, fit, device)):
                 few += names
-                for name, tensors in round.items():
-                    solved[name] = tensors
-                    for folder in folders:
-                        folder.save(name, tensors)
-                    fit_bar.update()
+                solved |= round
+                for folder in folders if round else []:
+                    folder.save(round)
+                fit_bar.update(len(round))
             del input  # before the samples of the next one are gathered
     if processes.main:
         _warn(layers, solved, few)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rtlynx.calibrate.fit import Tensors
 from rtlynx.errors import InvalidArgumentError
@@ -17,11 +19,16 @@ from rtlynx.io import atomic_path
 
 _SETTINGS = "settings.json"
 _EMPTY = "empty"
-"""A layer without compensation still leaves a file, and safetensors wants a tensor in it."""
+"""safetensors wants a tensor in a file, also where no layer got one."""
+_LAYERS = "layers"
+_OF = "/"
+"""Between the name of a layer and that of its tensor: names have no slash."""
 
 
 class WorkFolder:
-    """One file per solved layer in ``<output>.work``; every file is complete or absent.
+    """One file for all layers that were solved together in ``<output>.work``; every file is complete or absent.
+
+    So layers that read one tensor are solved all or not at all: what is found for them fits together.
 
     Args:
         output: The file in the making.
@@ -43,13 +50,21 @@ class WorkFolder:
 
     def load(self) -> dict[str, Tensors]:
         """Layers that were solved, by name."""
-        found = {path.stem: load_file(path) for path in sorted(self.folder.glob("[!.]*.safetensors"))}
-        return {name: {key: value for key, value in tensors.items() if key != _EMPTY} for name, tensors in found.items()}
+        found: dict[str, Tensors] = {}
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found |= {layer: {} for layer in json.loads(file.metadata()[_LAYERS])}
+                for key in set(file.keys()) - {_EMPTY}:
+                    layer, _, name = key.partition(_OF)
+                    found[layer][name] = file.get_tensor(key)
+        return found
 
-    def save(self, name: str, tensors: Tensors) -> None:
-        """Write one solved layer."""
-        with atomic_path(self.folder / f"{name}.safetensors") as temporary:
-            save_file(tensors or {_EMPTY: torch.zeros(0)}, temporary)
+    def save(self, solved: Mapping[str, Tensors]) -> None:
+        """Write layers that were solved together."""
+        # Copies, since layers that select together share some, which safetensors refuses.
+        tensors = {f"{layer}{_OF}{name}": tensor.clone() for layer, mine in solved.items() for name, tensor in mine.items()}
+        with atomic_path(self.folder / f"{next(iter(solved))}.safetensors") as temporary:
+            save_file(tensors or {_EMPTY: torch.zeros(0)}, temporary, {_LAYERS: json.dumps(list(solved))})
 
     def remove(self) -> None:
         """The output is written: nothing of this is needed any more."""
