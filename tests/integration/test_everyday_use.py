@@ -180,6 +180,18 @@ def test_a_compensation_of_weights_stored_in_fp8_fits_them(tmp_path: Path) -> No
     assert torch.equal(output(model, inputs), want)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own, of RMS norms
+@families
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast(half: torch.dtype, family: str) -> None:
+    model, dense = sparse(family), MODELS[family].build("cpu", F32)
+    want = output(model, INPUTS[family])
+    with torch.autocast("cpu", half):
+        got, like = output(model, INPUTS[family]), output(dense, INPUTS[family])
+    assert got.dtype == like.dtype and 0 < relative_error(got, want) < 0.2
+    assert torch.equal(output(model, INPUTS[family]), want)
+
+
 # ---- what runs beside the layers ---------------------------------------------------------------------------------------------------------
 
 
