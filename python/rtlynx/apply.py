@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import nn
@@ -69,6 +70,7 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
     for root, found in judged.items():
         check_clock(root, config)
         check_reconfigured(found, config, keep=_still_right(applied_config(root), config))
+        _refuse_wrapped("apply", {c.name: c.module for c in found if c.reason is not None and isinstance(c.module, SparseLinear)})
     replaced = {root: _new_layers(found, config) for root, found in judged.items()}
     for root, found in judged.items():
         dropped = _reconfigure(found, set(replaced[root]), config, keep=_still_right(applied_config(root), config))
@@ -97,10 +99,12 @@ def remove(pipe_or_module: T) -> T:
         The same object.
 
     Raises:
-        InvalidArgumentError: A sparse layer is wrapped by an offloading hook: remove that first. Or one is compact: its weight is gone
-            (see `rtlynx.compact`).
+        InvalidArgumentError: A sparse layer is wrapped by a hook, of offloading or layerwise casting: remove that first. Or one is compact:
+            its weight is gone (see `rtlynx.compact`).
     """
-    refuse_compact("remove", all_sparse_layers(target_modules(pipe_or_module, "remove")), "their weights: load the model again")
+    layers = all_sparse_layers(target_modules(pipe_or_module, "remove"))
+    refuse_compact("remove", layers, "their weights: load the model again")
+    _refuse_wrapped("remove", layers)
     replaced: dict[nn.Module, dict[nn.Module, nn.Module]] = {
         root: {layer: layer.to_linear() for _, layer in linear_layers(root) if isinstance(layer, SparseLinear)}
         for root in target_modules(pipe_or_module, "remove").values()
@@ -143,6 +147,19 @@ def remember_config(module: nn.Module, config: SparsityConfig) -> None:
 def _still_right(previous: SparsityConfig | None, config: SparsityConfig) -> bool:
     """Whether what was calibrated under ``previous`` is what ``config`` asks for, the choice of layers aside."""
     return previous is not None and previous.same_arithmetic(config) and (previous.rank, previous.ranks) == (config.rank, config.ranks)
+
+
+def _refuse_wrapped(op: str, layers: Mapping[str, SparseLinear]) -> None:
+    """Refuse to make layers dense whose forward a hook has wrapped: the wrapper is bound to the layer and cannot move.
+
+    Raises:
+        InvalidArgumentError: There is such a layer.
+    """
+    wrapped = [name for name, layer in layers.items() if "forward" in layer.__dict__]
+    if wrapped:
+        got = f"{len(wrapped)} sparse layers whose forward is wrapped by a hook (first {wrapped[0]})"
+        expected = "layers without: remove offloading first; layerwise casting cannot be undone, so before that"
+        raise InvalidArgumentError(op, "pipe_or_module", got, expected)
 
 
 def _new_layers(judged: list[Candidate], config: SparsityConfig) -> dict[nn.Module, nn.Module]:

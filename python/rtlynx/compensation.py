@@ -24,6 +24,7 @@ from rtlynx.errors import CompensationMismatchError, InvalidArgumentError
 from rtlynx.fingerprint import check_fingerprint, fingerprint
 from rtlynx.io import atomic_path
 from rtlynx.layer_shapes import check_compensation
+from rtlynx.layerwise_casting import refuse_stored
 from rtlynx.version import __version__
 
 _FORMAT = "rtlynx-compensation"
@@ -85,7 +86,8 @@ class Compensation:
             CompensationMismatchError: The model's sparse layers, their weights or their arithmetic are not those it was made for;
                 the model is left unchanged.
             InvalidArgumentError: It has a bias per group of timesteps, and the model is not told the time. Or a layer is compact: its
-                weight cannot be compared with the one that this was made for.
+                weight cannot be compared with the one that this was made for. Or layerwise casting stores its weight in 8 bits, and this
+                was made for the one before.
         """
         modules = target_modules(pipe_or_module, "Compensation")
         refuse_compact("Compensation", all_sparse_layers(modules), "layers that have their weights: load it before rtlynx.compact")
@@ -106,8 +108,13 @@ class Compensation:
                     message = f"made under {self.config}, but this model was applied with {config}"
                     got, expected = f"a model applied with {config}", f"one applied with {self.config}"
                     raise CompensationMismatchError("Compensation", "pipe_or_module", got, expected, message)
-            check_fingerprint(self.layers, all_sparse_layers(modules))
-            self._check_tensors(all_sparse_layers(modules))
+            present = all_sparse_layers(modules)
+            try:
+                check_fingerprint(self.layers, present)
+            except CompensationMismatchError:  # rounded to 8 bits, no weight is the one that it was
+                refuse_stored("Compensation", present)
+                raise
+            self._check_tensors(present)
             self._check_time(modules)
             for root, config in applied.values():
                 remember_config(root, replace(config, rank=self.config.rank, ranks=self.config.ranks))

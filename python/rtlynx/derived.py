@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rtlynx.fingerprint import fingerprint
+from rtlynx.layerwise_casting import computable
 
 if TYPE_CHECKING:
     from rtlynx.layer_state import LayerState
@@ -65,7 +66,7 @@ def _digest(layer: LayerState) -> str:
 
 def in_order(layer: LayerState) -> Tensor:
     """The weight with its columns in the order of the gathered input."""
-    return layer.weight if layer.permutation is None else layer.weight[:, layer.permutation]
+    return layer.weight if layer.permutation is None else computable(layer.weight)[:, layer.permutation]
 
 
 def bias_of_shift(layer: LayerState) -> Tensor:
@@ -79,4 +80,4 @@ def only_permuted(layer: LayerState) -> bool:
     if layer.sparse_weight is None or layer.permutation is None:
         return False
     pairs = zip(layer.sparse_weight.split(_ROWS), layer.weight.split(_ROWS), strict=True)
-    return all(torch.equal(own, rows[:, layer.permutation]) for own, rows in pairs)
+    return all(torch.equal(computable(own), computable(rows)[:, layer.permutation]) for own, rows in pairs)

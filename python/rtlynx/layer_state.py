@@ -13,6 +13,7 @@ from rtlynx.derived import Derived
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, quantize_weight
 from rtlynx.layer_shapes import bias_shape, branch_problem
+from rtlynx.layerwise_casting import computable
 from rtlynx.reference import E4M3, EPS, places_of
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class LayerState(nn.Linear):
             made = None, self.compact_scale / self._values_scale
             self.compact_values_scale = self.compact_scale.new_full((1,), self._values_scale)
         elif self.precision == "fp8":
-            made = quantize_weight(self.weight if self.sparse_weight is None else self.sparse_weight, self._values_scale)
+            made = quantize_weight(computable(self.weight if self.sparse_weight is None else self.sparse_weight), self._values_scale)
         for name, new in zip(("weight_fp8", "weight_scale"), made, strict=True):
             self._renew(name, new)
 
@@ -387,7 +388,7 @@ def _can_be_added(bias: Tensor) -> bool:
 def _column_norms(layer: LayerState, layers: Sequence[LayerState]) -> Tensor:
     """``‖W_:j‖`` of the stacked weights of ``layers``, or of ``layer`` where none of them counts."""
     counted = [each.weight.detach() for each in layers if not each.repeats] or [layer.weight.detach()]
-    norms = [torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32) for weight in counted]
+    norms = [torch.linalg.vector_norm(computable(weight), dim=0, dtype=torch.float32) for weight in counted]
     stacked: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return stacked
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rtlynx import ops
 from rtlynx.activations import selection_norms
-from rtlynx.checks import check_activation
+from rtlynx.autocast import autocast_dtype
+from rtlynx.checks import SUPPORTED_DTYPES, check_activation
 from rtlynx.config import SparsityConfig
 from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.epilogue import added, check_residual, in_product
@@ -203,14 +204,23 @@ class SparseLinear(LayerState):
     # ---- nn.Module ----------------------------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., K)`` → ``(..., N)``, same dtype."""
+        """``(..., K)`` → ``(..., N)``, same dtype.
+
+        Under ``torch.autocast`` as an ``nn.Linear``: any input that it casts, an output of its dtype. The layer computes in its own dtype
+        all the same; where input and layer are both of one half precision, so is the output.
+
+        Raises:
+            InvalidArgumentError: The input does not fit.
+        """
         eager = not torch.compiler.is_compiling()
         if eager and (call := self._call) is not None and (output := call(self, input)) is not None:
             return output
         tokens = input.shape[:-1]
         if self._is_dense_now(tokens.numel(), input.device):
             return self._dense(input)
-        output = self.multiply(self._selected(input), input.dtype, tokens)
+        output = self.multiply(self._selected(input), self.compute_dtype, tokens)
+        if (cast := self._autocast_dtype(input)) is not None:
+            return output.to(cast)
         if eager and not torch.is_grad_enabled():
             self._call = LayerCall.after(self, input)
         return output
@@ -233,8 +243,8 @@ class SparseLinear(LayerState):
         """
         check_residual("SparseLinear.forward_gated", x, self.out_features, residual, gate)
         tokens = x.shape[:-1]
-        if self._is_dense_now(tokens.numel(), x.device):
-            return added(self._dense(x), residual, gate)
+        if self._is_dense_now(tokens.numel(), x.device) or autocast_dtype(x.device) is not None:
+            return added(self.forward(x), residual, gate)
         return self.multiply(self._selected(x), x.dtype, tokens, residual, gate)
 
     def forward_activated(
@@ -277,10 +287,11 @@ class SparseLinear(LayerState):
     def in_selection(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in what comes before it.
 
-        Not where there is none, nor where others select from the same tensor or channels are gathered by a pass of its own first.
+        Not where there is none, nor where others select from the same tensor or channels are gathered by a pass of its own first, nor under
+        ``torch.autocast``, where what comes before it may be of another dtype.
         """
         gathers = self._buffers["permutation"] is not None and self._buffers["places"] is None
-        return not (self.sharing > 1 or gathers or self._is_dense_now(tokens, device))
+        return not (self.sharing > 1 or gathers or self._is_dense_now(tokens, device) or autocast_dtype(device) is not None)
 
     def select_activated(
         self,
@@ -316,10 +327,12 @@ class SparseLinear(LayerState):
     def takes_norm(self, tokens: int, device: torch.device) -> bool:
         """Whether a selection from so many tokens can take in the norm before it (`rtlynx.sharing.select_normed`).
 
-        Not where there is none, nor where channels are gathered first, nor where no kernel of the device does it. Other layers may select
-        from the same tensor.
+        Not where there is none, nor where channels are gathered first, nor where no kernel of the device does it, nor under
+        ``torch.autocast``. Other layers may select from the same tensor.
         """
-        return self._buffers["permutation"] is None and not self._is_dense_now(tokens, device) and selection_norms(device)
+        if self._buffers["permutation"] is not None or self._is_dense_now(tokens, device) or autocast_dtype(device) is not None:
+            return False
+        return selection_norms(device)
 
     def _dense(self, input: Tensor) -> Tensor:
         buffers = self._buffers
@@ -400,12 +413,24 @@ class SparseLinear(LayerState):
         return self.input_group.select(self, input, self._select)
 
     def _select(self, input: Tensor) -> ops.Sparsified:
+        if self._autocast_dtype(input) is not None:  # here, so that layers which read one tensor still select from it once
+            input = input.to(self.compute_dtype)
         self.check_input("SparseLinear", "input", input)
         permutation, places, *arguments = self.selection_inputs()
         x = _rows(input)
         if permutation is not None:
             x = x.index_select(1, permutation)
         return ops.sparsify(x, *arguments, places=places)  # type: ignore[misc]  # mypy cannot count them
+
+    def _autocast_dtype(self, input: Tensor) -> torch.dtype | None:
+        """In which dtype ``torch.autocast`` wants the output for this input; None where nothing is to be cast.
+
+        Not where both are of one half precision, so that the calls of `rtlynx.layer_call`, which have no other, need not ask.
+        """
+        dtype = input.dtype
+        if (dtype is self.compute_dtype and dtype is not torch.float32) or dtype not in SUPPORTED_DTYPES["cpu"]:
+            return None
+        return autocast_dtype(input.device)
 
     def least_tokens(self, device: torch.device) -> int:
         """From how many tokens on this layer is faster sparse than dense on ``device``.

@@ -401,7 +401,7 @@ def sparsify(
         z = x.float()
         if branch_input == "dropped":
             z = z.masked_fill(mask, 0)
-        branch = (z @ comp_down.float()).to(x.dtype)
+        branch = _product(z, comp_down).to(x.dtype)
     if values_dtype is not None:
         values = e4m3(values.float() * values_scale)
     return Sparsified(values, pack_metadata(positions, values.dtype), row_scale, branch)
@@ -425,13 +425,19 @@ def sparse_linear(
 
     See `rtlynx.ops.sparse_linear`.
     """
-    out = decompress(values, metadata).float() @ weight.float().T
+    out = _product(decompress(values, metadata), weight.T)
     if row_scale is not None and row_scale.numel():
         out = out * row_scale[:, None]
     if weight_scale is not None:
         out = out * weight_scale
     if branch is not None and comp_up is not None:
-        out = out + branch.float() @ comp_up.float().T
+        out = out + _product(branch, comp_up.T)
     if bias is not None:
         out = out + bias.float()
     return finished(out.to(values.dtype if out_dtype is None else out_dtype), activation, residual, gate)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a · b`` in float32, whatever ``torch.autocast`` is set to."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()

@@ -12,6 +12,7 @@ from torch import nn
 
 from rtlynx.compacted import refuse_compact
 from rtlynx.eligibility import all_sparse_layers, canonical, sparse_layers, target_modules
+from rtlynx.layerwise_casting import refuse_stored
 from rtlynx.linear import SparseLinear
 
 logger = logging.getLogger("rtlynx")
@@ -33,9 +34,12 @@ def refresh(pipe_or_module: T) -> T:
         The same object.
 
     Raises:
-        InvalidArgumentError: A layer is compact (`rtlynx.compact`): it holds nothing to prepare anything from.
+        InvalidArgumentError: A layer is compact (`rtlynx.compact`): it holds nothing to prepare anything from. Or layerwise casting stores
+            its weight in 8 bits: what is prepared would be rounded twice.
     """
-    refuse_compact("refresh", all_sparse_layers(target_modules(pipe_or_module, "refresh")), "layers that have their weights")
+    layers = all_sparse_layers(target_modules(pipe_or_module, "refresh"))
+    refuse_compact("refresh", layers, "layers that have their weights")
+    refuse_stored("refresh", layers)
     return _refresh_and_tell(pipe_or_module)
 
 

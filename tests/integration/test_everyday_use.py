@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -81,7 +82,7 @@ def test_after_offloading_it_is_too_late(caplog: pytest.LogCaptureFixture) -> No
     model = sparse("flux", selection="weight")
     score = model.transformer_blocks[0].attn.to_q.score.clone()
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
-    with pytest.raises(rtlynx.InvalidArgumentError, match="hook"):
+    with pytest.raises(rtlynx.InvalidArgumentError, match=r"remove: .* hook .*offloading"):
         rtlynx.remove(model)
     rtlynx.refresh(model)
     assert f"weights of {FLUX.sparse_layers} layers are offloaded" in caplog.text
@@ -123,6 +124,72 @@ def test_weights_stored_in_fp8(family: str, precision: str) -> None:
     got = output(model, inputs)
     assert got.dtype == torch.bfloat16 and 0 < relative_error(got, want) < 0.3
     assert layer.weight.dtype == torch.float8_e4m3fn
+
+
+PREPARES = pytest.mark.parametrize("config", [{}, {"selection": "weight"}, {"precision": "fp8"}], ids=str)
+"""What layers make from their weights ahead: nothing, scores, copies."""
+
+
+def stored(model: Any) -> Any:
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    return model
+
+
+@PREPARES
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_replaces_weights_stored_in_fp8(assign: bool, config: dict[str, Any]) -> None:
+    def build() -> Any:
+        model = sparse("flux", torch.bfloat16, fuse=False, **config)
+        layer = last_sparse(model)
+        layer.set_compensation(shift=torch.ones(layer.in_features), permutation=torch.arange(layer.in_features).flip(0))
+        return model
+
+    inputs = FLUX.inputs("cpu", torch.bfloat16)
+    model, twin = stored(build()), build()
+    before = output(model, inputs)
+    model.load_state_dict({name: tensor.flip(-1).contiguous() for name, tensor in twin.state_dict().items()}, assign=assign)
+    got = output(model, inputs)
+    twin.load_state_dict({name: tensor.to(twin.state_dict()[name].dtype) for name, tensor in model.state_dict().items()})
+    # Assigned weights are rounded to 8 bits after their first call, and what is prepared from them was prepared before.
+    assert relative_error(got, output(twin, inputs)) <= (0.1 if assign else 0)
+    assert relative_error(got, before) > 0.5
+
+
+@PREPARES
+def test_after_weights_are_stored_in_fp8_it_is_too_late(config: dict[str, Any], tmp_path: Path) -> None:
+    model, inputs = sparse("flux", torch.bfloat16, **config), FLUX.inputs("cpu", torch.bfloat16)
+    rtlynx.save_compensation(model, tmp_path / "c.safetensors")
+    want = output(stored(model), inputs)
+    for call in (rtlynx.refresh, lambda model: rtlynx.load_compensation(model, tmp_path / "c.safetensors")):
+        with pytest.raises(rtlynx.InvalidArgumentError, match="call it before enable_layerwise_casting") as refused:
+            call(model)
+        assert refused.value.op in ("refresh", "Compensation") and "float8_e4m3fn" in refused.value.got
+    for op, call in (("remove", rtlynx.remove), ("apply", rtlynx.apply)):
+        with pytest.raises(rtlynx.InvalidArgumentError, match=r"wrapped by a hook .*layerwise casting") as refused:
+            call(model)
+        assert (refused.value.op, refused.value.argument) == (op, "pipe_or_module")
+    assert torch.equal(output(model, inputs), want)
+
+
+def test_a_compensation_of_weights_stored_in_fp8_fits_them(tmp_path: Path) -> None:
+    model, inputs = stored(sparse("flux", torch.bfloat16)), FLUX.inputs("cpu", torch.bfloat16)
+    rtlynx.save_compensation(model, tmp_path / "c.safetensors")
+    want = output(model, inputs)
+    last_sparse(model).set_compensation()
+    rtlynx.load_compensation(model, tmp_path / "c.safetensors")
+    assert torch.equal(output(model, inputs), want)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own, of RMS norms
+@families
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast(half: torch.dtype, family: str) -> None:
+    model, dense = sparse(family), MODELS[family].build("cpu", F32)
+    want = output(model, INPUTS[family])
+    with torch.autocast("cpu", half):
+        got, like = output(model, INPUTS[family]), output(dense, INPUTS[family])
+    assert got.dtype == like.dtype and 0 < relative_error(got, want) < 0.2
+    assert torch.equal(output(model, INPUTS[family]), want)
 
 
 # ---- what runs beside the layers ---------------------------------------------------------------------------------------------------------
