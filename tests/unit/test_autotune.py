@@ -164,7 +164,7 @@ def test_refusals_come_before_any_measurement(machine: Machine) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    with pytest.raises(DeviceError, match="autotune: there is no GPU to measure"):
+    with pytest.raises(DeviceError, match="there is no GPU to measure"):
         rtlynx.autotune([ATTENTION])
 
 
