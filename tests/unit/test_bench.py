@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from rtlynx import _core
-from rtlynx.bench import peers
+from rtlynx.bench import peers, probe
 from rtlynx.bench.energy import Energy
 from rtlynx.bench.peers import Operands, Unavailable, prepare
 from rtlynx.bench.plot import plots
@@ -174,6 +174,17 @@ def test_without_a_gpu_the_command_says_so(command: str) -> None:
     result = CliRunner().invoke(app, ["bench", command])
     assert result.exit_code == 2
     assert "no GPU" in result.output
+
+
+def test_without_the_instructions_there_are_no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused:
+        def __init__(self, name: str, device: torch.device) -> None: ...
+
+        def run(self, steps: int) -> None:
+            raise InvalidArgumentError("probe", "device_index", "a GPU of compute capability 8.0", "one of compute capability 9.0")
+
+    monkeypatch.setattr(probe, "Probe", Refused)
+    assert probe.probes(torch.device("cuda", 0)) == []
 
 
 def test_energy_rows_are_written_with_their_columns(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rtlynx import _core, ops
+from rtlynx.errors import InvalidArgumentError
 from rtlynx.timing import time_interleaved
 
 PROBES = ("dense_ss", "dense_rs", "sparse_ss", "sparse_rs")
@@ -115,8 +116,13 @@ class MainLoop:
 
 
 def probes(device: torch.device) -> list[Probe]:
-    """All of them; none on other architectures, which have other instructions."""
-    return [Probe(name, device) for name in PROBES] if torch.cuda.get_device_capability(device) == (9, 0) else []
+    """All of them; none on other architectures, which have other instructions, nor where the kernels for every GPU are to run."""
+    found = [Probe(name, device) for name in PROBES]
+    try:
+        found[0].run(steps=1)
+    except InvalidArgumentError:
+        return []
+    return found
 
 
 def measure_limits(repeats: int = 30) -> Limits:
