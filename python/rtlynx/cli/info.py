@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rtlynx.environment import EXAMPLE, Environment, Gpu, collect
+from rtlynx.environment import Environment, Gpu, collect
+from rtlynx.usable import EXAMPLE
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON, e.g. for a bug report.")] = False) -> None:
@@ -41,7 +42,10 @@ def _facts(environment: Environment) -> Table:
 
 def _places(environment: Environment) -> Table:
     table = Table(title="what runs where", title_justify="left", caption_justify="left")
-    table.caption = f"kernel of a bf16 layer with {EXAMPLE['m']} tokens, {EXAMPLE['k']} to {EXAMPLE['n']} channels, rank {EXAMPLE['rank']}"
+    if environment.gpus:
+        table.caption = (
+            f"kernel of a bf16 layer with {EXAMPLE['m']} tokens, {EXAMPLE['k']} to {EXAMPLE['n']} channels, rank {EXAMPLE['rank']}"
+        )
     for heading in ("device", "hardware", "a sparse layer runs"):
         table.add_column(heading)
     on_cpu = "CPU reference (correct, not fast)" if environment.packages["torch"] else "nothing: torch is missing"
