@@ -7,7 +7,7 @@ import torch
 
 from rtlynx import ops
 from rtlynx.bench import cutlass
-from rtlynx.bench.peers import Operands, Unavailable
+from rtlynx.bench.peer import Operands, Unavailable
 
 
 @pytest.mark.parametrize("m, n, k", [(512, 768, 1024), (77, 200, 192)])

@@ -249,7 +249,7 @@ def test_an_interrupted_calibration_bench_keeps_what_it_has(tmp_path: Path, monk
         return CalibrationTimes(model.name, 1024, 1024, method, "shift", rank, 304, prompts, steps, 1, 10.0, 6.0, 4.0, 50.0)
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("rtlynx.cli.bench.require_gpu", lambda: None)
+    monkeypatch.setattr("rtlynx.cli.bench_calibrate.require_gpu", lambda: None)
     monkeypatch.setattr("rtlynx.bench.machine.gpu_slug", lambda: "a-gpu")
     monkeypatch.setattr("rtlynx.bench.machine.describe", lambda command, *_: [f"command: {command}"])
     monkeypatch.setattr("rtlynx.bench.calibration.measure_calibration", measure)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from rtlynx import _core
 from rtlynx.bench import peers, probe
 from rtlynx.bench.energy import Energy
-from rtlynx.bench.peers import Operands, Unavailable, prepare
+from rtlynx.bench.peer import Operands, Unavailable
+from rtlynx.bench.peers import prepare
 from rtlynx.bench.plot import plots
 from rtlynx.bench.probe import Limits
 from rtlynx.bench.results import break_even, geometric_mean, write_csv

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rtlynx.bench import cutlass_build, layer, peers, run
-from rtlynx.bench.peers import Operands, Unavailable, fastest_kernels, prepare
+from rtlynx.bench.peer import Operands, Unavailable
+from rtlynx.bench.peers import fastest_kernels, prepare
 from rtlynx.bench.probe import Limits
 
 VERSION_H = """#define CUTLASS_MAJOR 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rtlynx import reference
 from rtlynx.bench import cutlass_build
-from rtlynx.bench.peers import Calls, Operands, Unavailable
+from rtlynx.bench.peer import Calls, Operands, Unavailable
 
 COLUMN = "cutlass_mm"
 SWIZZLES = (1, 8)

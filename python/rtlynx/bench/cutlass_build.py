@@ -16,7 +16,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from rtlynx.bench.peers import Unavailable
+from rtlynx.bench.peer import Unavailable
 from rtlynx.io import atomic_path
 from rtlynx.plans import cache_folder
 

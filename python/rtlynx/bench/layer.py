@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rtlynx import _core, ops
-from rtlynx.bench.peers import Operands, fastest_kernels, prepare
+from rtlynx.bench.peer import Operands
+from rtlynx.bench.peers import fastest_kernels, prepare
 from rtlynx.errors import DeviceError
 from rtlynx.fp8 import quantize_weight
 from rtlynx.layer_times import LayerTimes

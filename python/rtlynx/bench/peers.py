@@ -5,33 +5,14 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rtlynx import reference
+from rtlynx.bench import cutlass as _cutlass
+from rtlynx.bench.peer import Calls, Operands, Unavailable
 from rtlynx.errors import RTLynxError
-from rtlynx.reference import Sparsified
-
-Calls = Mapping[str, Callable[[], object]]
-"""By column of layer.csv without ``_ms``. A peer with several kernels for one product has a call for each, ``column:kernel``."""
-
-
-@dataclass(frozen=True)
-class Operands:
-    """One layer: x ``(M, K)``, weight ``(N, K)``, bias ``(N,)``, comp_down ``(K, r)`` and comp_up ``(N, r)`` or None, and x compressed."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    comp_down: Tensor | None
-    comp_up: Tensor | None
-    sparse: Sparsified
-
-
-class Unavailable(Exception):
-    """The peer is not there; the message says what is missing."""
 
 
 def fp8(layer: Operands) -> Calls:
@@ -63,9 +44,7 @@ def cusparselt(layer: Operands) -> Calls:
 
 def cutlass(layer: Operands) -> Calls:
     """CUTLASS's sparse GEMM, if it can be compiled here, on an activation that is 2:4 and compressed already: its product, without bias."""
-    from rtlynx.bench.cutlass import calls
-
-    return calls(layer)
+    return _cutlass.calls(layer)
 
 
 def fused(layer: Operands) -> Calls:

@@ -20,7 +20,7 @@ import rtlynx
 from rtlynx import SparsityConfig
 from rtlynx.bench.breakdown import milliseconds_by_kind
 from rtlynx.bench.models import BenchModel
-from rtlynx.bench.peers import Unavailable
+from rtlynx.bench.peer import Unavailable
 from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.eligibility import candidates
 from rtlynx.fp8 import missing_kernels

@@ -11,6 +11,7 @@ import typer
 
 from rtlynx.cli.bench_calibrate import calibrate
 from rtlynx.cli.bench_model import model
+from rtlynx.cli.gpu import require_gpu
 
 app = typer.Typer(help="Measure the kernels on this machine's GPU.", no_args_is_help=True)
 app.command("model")(model)
@@ -283,14 +284,3 @@ def plot(results: Annotated[list[Path], typer.Argument(help="CSV files of `rtlyn
     for path in results:
         for picture in plots(path):
             typer.echo(f"wrote {picture}")
-
-
-def require_gpu() -> None:
-    """Refuse to measure on a machine without a GPU."""
-    import torch
-
-    from rtlynx.errors import DeviceError
-
-    if not torch.cuda.is_available():
-        message = "there is no GPU to measure; `rtlynx info` shows what is missing"
-        raise DeviceError("bench", "device", "no GPU", "a GPU", message)

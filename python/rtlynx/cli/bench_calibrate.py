@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rtlynx.cli.gpu import require_gpu
 from rtlynx.errors import InvalidArgumentError
 
 
@@ -38,7 +39,6 @@ def calibrate(
     from rtlynx.bench.models import MODELS
     from rtlynx.bench.results import write_csv
     from rtlynx.calibrate import METHODS
-    from rtlynx.cli.bench import require_gpu
     from rtlynx.report.table import Column, terminal_table
 
     methods = method or ["split"]

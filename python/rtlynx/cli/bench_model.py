@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from rtlynx.cli.gpu import require_gpu
 from rtlynx.errors import InvalidArgumentError
 
 
@@ -50,7 +51,6 @@ def model(
     from rtlynx.bench.models import MODELS
     from rtlynx.bench.step import MODES, USUAL_MODES, WITHOUT, measure_step
     from rtlynx.bench.step_results import save_picture, write_steps
-    from rtlynx.cli.bench import require_gpu
     from rtlynx.report.table import Column, terminal_table
 
     if name not in MODELS:
