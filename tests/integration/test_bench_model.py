@@ -239,11 +239,16 @@ def test_calibration_of_every_model(name: str) -> None:
     times = measure_calibration(small(name), CPU, rank=16, prompts=2, steps=2, progress=False)
     assert (times.model, times.method, times.selection, times.rank) == (name, "split", "shift", 16)
     assert times.layers > 0 and times.passes == 1 and times.peak_gb == 0
+    few = measure_calibration(small(name), CPU, rank=16, prompts=2, steps=2, memory=1 << 20, progress=False)
+    assert few.passes > 1 and few.layers == times.layers
     assert times.total_s > times.model_s > 0 and times.solving_s == pytest.approx(times.total_s - times.model_s)
 
 
 def test_an_interrupted_calibration_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(model: BenchModel, device: torch.device, *, method: str, rank: int, prompts: int, steps: int) -> CalibrationTimes:
+    def measure(
+        model: BenchModel, device: torch.device, *, method: str, rank: int, prompts: int, steps: int, memory: int | None
+    ) -> CalibrationTimes:
+        assert memory == 3 << 29
         if method == "joint":
             raise KeyboardInterrupt
         return CalibrationTimes(model.name, 1024, 1024, method, "shift", rank, 304, prompts, steps, 1, 10.0, 6.0, 4.0, 50.0)
@@ -254,7 +259,11 @@ def test_an_interrupted_calibration_bench_keeps_what_it_has(tmp_path: Path, monk
     monkeypatch.setattr("rtlynx.bench.machine.describe", lambda command, *_: [f"command: {command}"])
     monkeypatch.setattr("rtlynx.bench.calibration.measure_calibration", measure)
     with pytest.raises(KeyboardInterrupt):
-        bench_calibrate.calibrate("z-image", random_weights=True, method=["split", "paper", "joint"], out=tmp_path)
+        bench_calibrate.calibrate("z-image", random_weights=True, method=["split", "paper", "joint"], memory=1.5, out=tmp_path)
     header, *lines = (tmp_path / "a-gpu" / "calibration.csv").read_text().splitlines()
-    assert header.startswith("# command: rtlynx bench calibrate --model z-image") and "--method joint" in header
+    assert (
+        header.startswith("# command: rtlynx bench calibrate --model z-image")
+        and "--method joint" in header
+        and header.endswith("--memory 1.5")
+    )
     assert [row["method"] for row in csv.DictReader(lines)] == ["split", "paper"]

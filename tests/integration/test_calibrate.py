@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rtlynx
-from rtlynx import Compensation, CompensationMismatchError, InvalidArgumentError, SparsityConfig
-from rtlynx.calibrate.collect import all_dense
-from rtlynx.calibrate.samples import Reservoir
+from rtlynx import Compensation, CompensationMismatchError, InvalidArgumentError, SparseLinear, SparsityConfig
+from rtlynx.calibrate.calibrate import _solve
+from rtlynx.calibrate.collect import LayerInput, all_dense
+from rtlynx.calibrate.fit import Fit
+from rtlynx.calibrate.samples import Reservoir, Samples
 from rtlynx.calibrate.workfolder import WorkFolder
 from rtlynx.eligibility import sparse_layers
 from tiny_models import TINY, output, relative_error
@@ -277,6 +279,12 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert saved.made_with["method"] == "split" and saved.made_with == resumed.made_with
     for name, tensor in at_once.tensors.items():
         assert torch.equal(tensor, resumed.tensors[name]) and torch.equal(tensor, saved.tensors[name]), name
+
+
+def test_too_little_memory_is_refused() -> None:
+    nothing = LayerInput({"a": SparseLinear(64, 64)}, Samples(torch.empty(0, 64), torch.empty(0, dtype=torch.int32)), 1000)
+    with pytest.raises(InvalidArgumentError, match="`memory`: got so little that no token of a was kept"):
+        _solve(nothing, Fit("split", 16), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("saves", [1, 2, 5])

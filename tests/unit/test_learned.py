@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,41 @@ def test_a_metric_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(sys.modules, package, None)  # what makes its import fail
         assert learned(name, torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), PROMPTS) is None
         assert f"{name} is not available here (" in caplog.text
+
+
+def test_lpips_sees_pairs_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distance:
+        def __init__(self, net_type: str, normalize: bool) -> None:
+            assert (net_type, normalize) == ("alex", True)  # pictures are in 0..1
+            self.of: list[torch.Tensor] = []
+
+        def update(self, pictures: torch.Tensor, reference: torch.Tensor) -> None:
+            self.of.append((pictures - reference).abs().mean((1, 2, 3)))
+
+        def compute(self) -> torch.Tensor:
+            return torch.cat(self.of).mean()
+
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Distance))
+    pictures, reference = torch.rand(40, 3, 8, 8), torch.rand(40, 3, 8, 8)
+    assert learned("lpips", pictures, reference, PROMPTS) == pytest.approx(float((pictures - reference).abs().mean()))
+
+
+def test_fid_takes_the_dense_pictures_for_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Distance:
+        def __init__(self, normalize: bool) -> None:
+            assert normalize
+            self.seen: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+
+        def update(self, pictures: torch.Tensor, real: bool) -> None:
+            self.seen[real].append(pictures)
+
+        def compute(self) -> torch.Tensor:
+            real, drawn = (torch.cat(self.seen[kind]) for kind in (True, False))
+            return drawn.mean() - real.mean()
+
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", SimpleNamespace(FrechetInceptionDistance=Distance))
+    pictures, reference = torch.rand(40, 3, 8, 8), torch.rand(40, 3, 8, 8) / 2
+    assert learned("fid", pictures, reference, PROMPTS) == pytest.approx(float(pictures.mean() - reference.mean()), rel=1e-4)
 
 
 def test_the_clip_score_is_the_mean_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,7 @@ def measure_calibration(
     rank: int = 64,
     prompts: int = 32,
     steps: int = 8,
+    memory: int | None = None,
     progress: bool = True,
 ) -> CalibrationTimes:
     """Calibrate ``model`` with random weights on random inputs, once.
@@ -70,6 +71,7 @@ def measure_calibration(
         method, selection, rank: As of `rtlynx.calibrate`.
         prompts: Samples that the dense model runs on.
         steps: Forwards of each; the noise level, which changes no time, is the same in all.
+        memory: Bytes for samples, as of `rtlynx.calibrate`.
         progress: Whether to show progress bars.
     """
     size = size or model.size
@@ -80,7 +82,7 @@ def measure_calibration(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    calibrate(module, run=runs, method=method, selection=tuple(selection), rank=rank, progress=progress)
+    calibrate(module, run=runs, method=method, selection=tuple(selection), rank=rank, memory=memory, progress=progress)
     _synchronize(device)
     total = time.perf_counter() - start
     return CalibrationTimes(

@@ -182,6 +182,8 @@ def _solve(input: LayerInput | None, fit: Fit, device: torch.device) -> tuple[li
     """The layers that saw few tokens, and the compensation of all that read ``input``."""
     if input is None:
         return [], {}
+    if not len(input.samples):
+        raise InvalidArgumentError("calibrate", "memory", f"so little that no token of {input.name} was kept", "more")
     few = len(input.samples) < TOKENS_PER_CHANNEL * input.samples.x.shape[1]
     return list(input.layers) if few else [], dict(fit_input(input, fit, device))
 

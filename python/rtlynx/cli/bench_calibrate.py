@@ -25,6 +25,7 @@ def calibrate(
     rank: Annotated[int, typer.Option(min=16, max=128, help="Rank of the branch.")] = 64,
     prompts: Annotated[int, typer.Option(min=1, help="Samples that the dense model runs on.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Forwards of each.")] = 8,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
     commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
 ) -> None:
@@ -52,12 +53,14 @@ def calibrate(
     device = torch.device("cuda", torch.cuda.current_device())
     given = " ".join(f"--method {each}" for each in methods)
     command = f"rtlynx bench calibrate --model {name} --random-weights {given} --rank {rank} --prompts {prompts} --steps {steps}"
+    command += "" if memory is None else f" --memory {memory:g}"
+    samples = None if memory is None else int(memory * 2**30)
     # Before anything is written: git may track the file, and would then call the commit one with changes.
     header = describe(command, commit, "one run of each, random weights and inputs")
     path = None if out is None else out / gpu_slug() / "calibration.csv"
     rows: list[CalibrationTimes] = []
     for each in methods:
-        rows.append(measure_calibration(MODELS[name], device, method=each, rank=rank, prompts=prompts, steps=steps))
+        rows.append(measure_calibration(MODELS[name], device, method=each, rank=rank, prompts=prompts, steps=steps, memory=samples))
         if path is not None:  # after each: a method takes minutes, and what has been measured outlives an interruption
             write_csv(path, header, rows, CalibrationTimes)
     columns = [Column(key, key) for key in ("method", "selection", "rank", "layers", "prompts", "steps", "passes")]

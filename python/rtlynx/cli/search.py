@@ -23,6 +23,7 @@ def search(
     times: Annotated[
         str | None, typer.Option(help="layer.csv of `rtlynx bench gemm`, instead of measuring here; `work`: count the work instead.")
     ] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
     probes: Annotated[int, typer.Option(min=1, help="Random probes of every held-out call.")] = 1,
     refine: Annotated[int, typer.Option(min=0, help="Exchanges to measure.")] = 8,
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")] = "auto",
@@ -50,6 +51,7 @@ def search(
         output=output,
         probes=probes,
         refine=refine,
+        memory=None if memory is None else int(memory * 2**30),
         seed=seed,
         batch_size=batch_size,
         num_inference_steps=steps,
