@@ -302,12 +302,21 @@ def test_pruned_weights_are_two_of_four_and_come_back(bench: QualityBench) -> No
     before = layer.weight.detach().clone()
     kept = []
     for by_activation in (False, True):
-        with pruned_weights(bench.inputs, by_activation):
+        with pruned_weights(bench.inputs, by_activation) as originals:
+            assert torch.equal(originals[layer], before)
             kept.append(layer.weight.detach() != 0)
             assert (kept[-1].unflatten(1, (-1, 4)).sum(-1) == 2).all()
             assert torch.equal(layer.weight[kept[-1]], before[kept[-1]])
-        assert torch.equal(layer.weight, before)
+        assert torch.equal(layer.weight, before) and not originals
     assert not torch.equal(*kept)
+
+
+def test_layers_with_pruned_weights_are_held_to_the_unpruned_ones(bench: QualityBench) -> None:
+    by_magnitude, by_wanda = (bench.measure(Row(f"weights_{kind}", pruning=kind))["layer_rel_err"] for kind in ("magnitude", "wanda"))
+    assert len(by_magnitude) == len(by_wanda) == 17
+    assert all(0 < error < 1 for error in (*by_magnitude.values(), *by_wanda.values()))
+    assert sum(by_wanda.values()) < sum(by_magnitude.values())
+    assert set(bench._layer_errors().values()) == {0.0}  # as they were
 
 
 def test_the_judge_knows_drawings_and_their_distribution() -> None:

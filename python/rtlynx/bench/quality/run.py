@@ -36,6 +36,7 @@ from rtlynx.eligibility import sparse_layers
 from rtlynx.evaluate.bootstrap import interval, interval_of, values_of
 from rtlynx.evaluate.likeness import psnr_db
 from rtlynx.evaluate.trajectory import Trajectory, VelocityErrors
+from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import find_recipe
 
@@ -95,6 +96,7 @@ class QualityBench:
         self._pictures: Tensor | None = None
         self._verdict: Verdict | None = None
         self._dense_frechet: list[float] = []
+        self._before: dict[SparseLinear, Tensor] = {}
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Everything about one row, JSON-able."""
@@ -103,7 +105,7 @@ class QualityBench:
             fitted, found = time.perf_counter() - started, self._found
             pictures = self._sample(row)
             errors = self._velocity(row)
-            layer_error = self._layer_errors() if row.fit is not None else {}
+            layer_error = self._layer_errors() if row.fit is not None or row.pruning is not None else {}
             ms = self._layer_ms(row) if row.pruning is None and not row.other_precision else None
         verdict = self.judge.look(pictures)
         frechet = values_of(lambda chosen: self.judge.frechet(verdict.features[chosen]), len(pictures), _FRECHET_RESAMPLES)
@@ -162,7 +164,7 @@ class QualityBench:
             stack.callback(install_dense_steps, self.pipe.transformer, None)
             install_bias_groups(self.pipe.transformer)
             if row.pruning is not None:
-                stack.enter_context(pruned_weights(self.inputs, row.pruning == "wanda"))
+                self._before = stack.enter_context(pruned_weights(self.inputs, row.pruning == "wanda"))
             if row.other_precision:
                 stack.enter_context(self._other_precision())
             yield
@@ -273,7 +275,8 @@ class QualityBench:
         with torch.no_grad():
             for input in self.held_out:
                 for name, layer in input.layers.items():
-                    want = nn.functional.linear(input.samples.x, layer.weight, layer.bias).float()
+                    weight = self._before.get(layer, layer.weight)
+                    want = nn.functional.linear(input.samples.x, weight, layer.bias).float()
                     got = of_many_steps(layer, input.samples.x, input.samples.level).float()
                     found[name] = float((got - want).norm() / want.norm())
         return found
