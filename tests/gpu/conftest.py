@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
 import torch
 
 from rtlynx import fp8
+from rtlynx.fusions import norms, rotary
 
 
 def _why_not() -> str | None:
@@ -79,3 +81,23 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _core.use_portable_kernels(request.param == "portable")
     yield request.param
     _core.use_portable_kernels(before)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the functions that save passes between layers ran."""
+    seen: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        original: Callable[..., Any] = getattr(module, name)
+
+        def watching(*args: Any) -> Any:
+            seen.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(module, name, watching)
+
+    watch(rotary, "rotated")
+    watch(norms, "_modulated")
+    watch(torch, "addcmul")
+    return seen

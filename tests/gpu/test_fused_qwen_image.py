@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,32 +12,12 @@ from torch import Tensor, nn
 import rtlynx
 from rtlynx import SparseLinear
 from rtlynx.activations import selection_does
-from rtlynx.fusions import fusion, norms, rotary
+from rtlynx.fusions import fusion, rotary
 from tiny_models import TINY, output, relative_error
 
 BLOCKS = 2
 DTYPES = [torch.bfloat16, torch.float16]
 QWEN = TINY["qwen_image"]
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the functions that save passes ran."""
-    seen: list[str] = []
-
-    def watch(module: Any, name: str) -> None:
-        original: Callable[..., Any] = getattr(module, name)
-
-        def watching(*args: Any) -> Any:
-            seen.append(name)
-            return original(*args)
-
-        monkeypatch.setattr(module, name, watching)
-
-    watch(rotary, "rotated")
-    watch(norms, "_modulated")
-    watch(torch, "addcmul")
-    return seen
 
 
 def sparse_model(dtype: torch.dtype) -> Any:

@@ -27,21 +27,6 @@ BLOCKS = 1 + 2  # double-stream and single-stream
 FUSED = {"FluxAttention": BLOCKS, "FluxTransformerBlock": 1}
 
 
-@pytest.fixture
-def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """As on a GPU; of how many parts each tensor was that was rotated here."""
-    seen: list[int] = []
-    rotated = rotary.rotated
-
-    def watching(parts: list[Tensor], rotation: Tensor) -> Tensor:
-        seen.append(len(parts))
-        return rotated(parts, rotation)
-
-    monkeypatch.setattr(fusion, "eager", lambda x: not torch.compiler.is_compiling())
-    monkeypatch.setattr(rotary, "rotated", watching)
-    return seen
-
-
 def as_diffusers_has_it(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
     """What ``run`` gives while attention and the double-stream blocks are diffusers' own, and nothing else is changed."""
     swapped = [module for module in model.modules() if type(module).__name__ in FUSED and hasattr(type(module), "unfused")]

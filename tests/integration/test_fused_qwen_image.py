@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 import rtlynx
 from fused_models import ALL, F32, layers, sparse, unfused
 from rtlynx import SparsityConfig, ops
-from rtlynx.fusions import fusion, known, norms, qwen_image, qwen_image_attention, rotary
+from rtlynx.fusions import known, norms, qwen_image, qwen_image_attention, rotary
 from tiny_models import output, relative_error
 
 BLOCKS = 2
@@ -31,21 +31,6 @@ QWEN = ALL["qwen_image"]
 BLOCK = transformer_qwenimage.QwenImageTransformerBlock
 LIMIT = {F32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the relative error: roundings of the dtype."""
-
-
-@pytest.fixture
-def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """As on a GPU; of how many parts each tensor was that was rotated here."""
-    seen: list[int] = []
-    rotated = rotary.rotated
-
-    def watching(parts: list[Tensor], rotation: Tensor) -> Tensor:
-        seen.append(len(parts))
-        return rotated(parts, rotation)
-
-    monkeypatch.setattr(fusion, "eager", lambda x: not torch.compiler.is_compiling())
-    monkeypatch.setattr(rotary, "rotated", watching)
-    return seen
 
 
 def as_diffusers_has_it(model: nn.Module, run: Callable[[], Any]) -> Any:

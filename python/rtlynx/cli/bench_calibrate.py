@@ -7,19 +7,12 @@ from typing import Annotated
 
 import typer
 
-from rtlynx.cli.gpu import require_gpu
+from rtlynx.cli.gpu import FullSizeModel, require_gpu
 from rtlynx.errors import InvalidArgumentError
 
 
 def calibrate(
-    name: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            help="flux.1-dev, flux.1-schnell, qwen-image, z-image, wan-2.1-14b; with few of their blocks flux.2-dev-part, chroma-part, "
-            "hunyuan-video-part.",
-        ),
-    ],
+    name: FullSizeModel,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw the weights: nothing is downloaded.")] = False,
     method: Annotated[list[str] | None, typer.Option(help="As of `rtlynx calibrate`. Can be given again. Default: split.")] = None,
     rank: Annotated[int, typer.Option(min=16, max=128, help="Rank of the branch.")] = 64,

@@ -8,19 +8,12 @@ from typing import Annotated
 
 import typer
 
-from rtlynx.cli.gpu import require_gpu
+from rtlynx.cli.gpu import FullSizeModel, require_gpu
 from rtlynx.errors import InvalidArgumentError
 
 
 def model(
-    name: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            help="flux.1-dev, flux.1-schnell, qwen-image, z-image, wan-2.1-14b; with few of their blocks flux.2-dev-part, chroma-part, "
-            "hunyuan-video-part.",
-        ),
-    ],
+    name: FullSizeModel,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw the weights: nothing is downloaded.")] = False,
     height: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,
     width: Annotated[int | None, typer.Option(min=64, help="Of the picture in pixels; default: the model's usual one.")] = None,

@@ -1,6 +1,20 @@
-"""What all commands that measure a GPU ask first."""
+"""What commands that measure a GPU have in common."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+FullSizeModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="flux.1-dev, flux.1-schnell, qwen-image, z-image, wan-2.1-14b; with few of their blocks flux.2-dev-part, chroma-part, "
+        "hunyuan-video-part.",
+    ),
+]
+"""A name of `rtlynx.bench.models`."""
 
 
 def require_gpu() -> None:
