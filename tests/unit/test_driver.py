@@ -125,6 +125,35 @@ def test_ptx_newer_than_the_driver_reads_as_an_old_driver(driver: Path) -> None:
     assert run(driver, "sparse_linear()", load=222)[-1].startswith(REFUSED + "the NVIDIA driver is too old")
 
 
+@needs_device_code
+@pytest.mark.parametrize(
+    "settings, reason, refusal",
+    [
+        ({"version": 12040}, "driver supports CUDA 12.4, and the kernels need 13.0", "a driver for CUDA 12.4 | one for CUDA 13.0 or newer"),
+        ({"capability": 75}, "compute capability 7.5, expected 8.0", "compute capability 7.5 | compute capability 8.0 or newer"),
+        ({"capability": 90}, None, None),
+    ],
+)
+def test_layers_and_info_say_beforehand_what_the_ops_will(
+    driver: Path, settings: dict[str, int], reason: str | None, refusal: str | None
+) -> None:
+    """The extension decides it when it runs something, `launch` before a layer becomes sparse, `environment` for `rtlynx info`."""
+    statements = (
+        "import torch; from rtlynx import environment, launch",
+        "print(launch.why_no_kernels(torch.device('cuda', 0)))",
+        "seen = types.SimpleNamespace(cuda=types.SimpleNamespace(device_count=lambda: 2))",
+        "gpu = environment._gpu(_core, seen, _core.devices()[0]); print(gpu.kernel or gpu.reason)",
+        "parts(sparse_linear)",
+    )
+    of_layers, of_info, *lines = run(driver, "; ".join(statements), **settings)
+    refused = [line for line in lines if line.startswith("sparse_linear | device | ")]
+    if reason is None:
+        assert of_layers == "None" and of_info.startswith("spmm_sm90_bf16_") and not refused
+    else:
+        assert reason in of_layers and reason in of_info
+        assert refused == [f"sparse_linear | device | {refusal}"]
+
+
 @pytest.mark.parametrize("op", ["sparsify", "sparse_linear", "fused_linear"])
 def test_an_old_gpu_is_refused(driver: Path, op: str) -> None:
     (message,) = run(driver, f"{op}()", capability=75)

@@ -11,8 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rtlynx.environment import Environment, Gpu, collect
-from rtlynx.usable import EXAMPLE
+from rtlynx.environment import EXAMPLE, Environment, Gpu, collect
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON, e.g. for a bug report.")] = False) -> None:
