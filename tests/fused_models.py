@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from tiny_models import NEIGHBOURS, TINY, output
 
 F32 = torch.float32
 ALL = {**TINY, **NEIGHBOURS}
+ROTATING = ("FluxAttention", "FluxTransformerBlock", "QwenImageTransformerBlock")
+"""What does without copies of queries and keys what it does eager on a GPU: these rotate them, or call what does."""
 
 
 def sparse(family: str, dtype: torch.dtype = F32, **config: Any) -> tuple[Any, dict[str, Any]]:
@@ -37,4 +40,17 @@ def unfused(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     install_fusions(model, False)
     result = output(model, inputs)
     install_fusions(model)
+    return result
+
+
+def as_diffusers_has_it(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """What ``run`` gives while the blocks of `ROTATING` are diffusers' own, and nothing else is changed."""
+    swapped: list[Any] = [module for module in model.modules() if type(module).__name__ in ROTATING]
+    assert swapped and all(hasattr(type(module), "unfused") for module in swapped)
+    fused = [type(module) for module in swapped]
+    for module in swapped:
+        module.__class__ = type(module).unfused
+    result = run()
+    for module, cls in zip(swapped, fused, strict=True):
+        module.__class__ = cls
     return result

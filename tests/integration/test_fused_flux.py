@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from diffusers.models import embeddings
 from diffusers.models.transformers import transformer_chroma, transformer_flux
 from peft import LoraConfig
@@ -18,26 +17,13 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rtlynx
-from fused_models import ALL, F32, layers, sparse
+from fused_models import ALL, F32, as_diffusers_has_it, layers, sparse
 from rtlynx import SparsityConfig, ops
 from rtlynx.fusions import flux_attention, fusion, install_fusions, known, rotary, single_stream
 from tiny_models import output, relative_error
 
 BLOCKS = 1 + 2  # double-stream and single-stream
 FUSED = {"FluxAttention": BLOCKS, "FluxTransformerBlock": 1}
-
-
-def as_diffusers_has_it(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
-    """What ``run`` gives while attention and the double-stream blocks are diffusers' own, and nothing else is changed."""
-    swapped = [module for module in model.modules() if type(module).__name__ in FUSED and hasattr(type(module), "unfused")]
-    assert len(swapped) == sum(FUSED.values())
-    fused = [type(module) for module in swapped]
-    for module in swapped:
-        module.__class__ = type(module).unfused
-    result = run()
-    for module, cls in zip(swapped, fused, strict=True):
-        module.__class__ = cls
-    return result
 
 
 def one_sample(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -400,31 +386,6 @@ def test_controlnet_residuals(rotations: list[int]) -> None:
     got = output(model, given)
     assert len(rotations) == 2 * BLOCKS and relative_error(got, output(model, inputs)) > 1e-2
     assert relative_error(got, as_diffusers_has_it(model, lambda: output(model, given))) < 1e-5
-
-
-def test_first_block_cache(rotations: list[int]) -> None:
-    model, inputs = sparse("flux")
-    want = output(model, inputs)
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-    rotations.clear()
-    with model.cache_context("test"):
-        first, second = output(model, inputs), output(model, inputs)
-    assert torch.equal(first, want) and len(rotations) == 2 * (BLOCKS + 1)  # the second time only the first block runs
-    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients(rotations: list[int]) -> None:
-    model, inputs = sparse("flux")
-    trained = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith("weight") and p.dim() == 2]
-
-    def gradients() -> Tensor:
-        loss = model(**inputs, return_dict=False)[0].square().mean()
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-        return torch.cat([each.flatten() for each in found if each is not None])
-
-    got = gradients()
-    assert not rotations
-    assert relative_error(got, as_diffusers_has_it(model, gradients)) < 1e-4
 
 
 def test_classes_come_and_go(rotations: list[int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_qwenimage
 from peft import LoraConfig
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import rtlynx
-from fused_models import ALL, F32, layers, sparse, unfused
+from fused_models import ALL, F32, as_diffusers_has_it, layers, sparse, unfused
 from rtlynx import SparsityConfig, ops
 from rtlynx.fusions import known, norms, qwen_image, qwen_image_attention, rotary
 from tiny_models import output, relative_error
@@ -31,18 +31,6 @@ QWEN = ALL["qwen_image"]
 BLOCK = transformer_qwenimage.QwenImageTransformerBlock
 LIMIT = {F32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of the relative error: roundings of the dtype."""
-
-
-def as_diffusers_has_it(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """What ``run`` gives while the blocks are diffusers' own, and nothing inside them is changed."""
-    blocks = [module for module in model.modules() if isinstance(module, BLOCK)]
-    assert blocks and all(type(block) is qwen_image.QwenImageTransformerBlock for block in blocks)
-    for block in blocks:
-        block.__class__ = BLOCK
-    result = run()
-    for block in blocks:
-        block.__class__ = qwen_image.QwenImageTransformerBlock
-    return result
 
 
 def given(samples: int, mask: str, dtype: torch.dtype = F32) -> dict[str, Any]:
@@ -389,31 +377,6 @@ def test_controlnet_residuals(rotations: list[int]) -> None:
     got = output(model, controlled)
     assert len(rotations) == 2 * BLOCKS and relative_error(got, output(model, inputs)) > 1e-2
     assert relative_error(got, as_diffusers_has_it(model, lambda: output(model, controlled))) < 1e-5
-
-
-def test_first_block_cache(rotations: list[int]) -> None:
-    model, inputs = sparse("qwen_image")
-    want = output(model, inputs)
-    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-    rotations.clear()
-    with model.cache_context("test"):
-        first, second = output(model, inputs), output(model, inputs)
-    assert torch.equal(first, want) and len(rotations) == 2 * (BLOCKS + 1)  # the second time only the first block runs
-    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients(rotations: list[int]) -> None:
-    model, inputs = sparse("qwen_image")
-    trained = [p for n, p in model.named_parameters() if p.requires_grad and n.endswith("weight") and p.dim() == 2]
-
-    def gradients() -> Tensor:
-        loss = model(**inputs, return_dict=False)[0].square().mean()
-        found = torch.autograd.grad(loss, trained, allow_unused=True)
-        return torch.cat([each.flatten() for each in found if each is not None])
-
-    got = gradients()
-    assert not rotations
-    assert relative_error(got, as_diffusers_has_it(model, gradients)) < 1e-4
 
 
 def test_classes_come_and_go(rotations: list[int]) -> None:
