@@ -9,11 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from rtlynx.errors import RTLynxError
+from rtlynx.usable import driver_too_old, kernel_or_reason
 from rtlynx.version import __version__
-
-EXAMPLE = {"m": 4096, "n": 3072, "k": 3072, "rank": 64}
-"""The layer whose kernel is named per GPU: FLUX.1's attention width and 4096 image tokens."""
-
 
 _DRIVERS = "nvidia.com/drivers"
 
@@ -73,7 +70,7 @@ def collect() -> Environment:
             gpus = tuple(_gpu(core, torch, device) for device in core.devices())
         except RTLynxError as error:
             missing.append(Missing("working driver", error.message, _DRIVERS))
-        if _too_old(driver, built):
+        if driver is not None and driver_too_old(core):
             consequence = "no GPU can be used: it supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
             missing.append(Missing("new enough driver", consequence, _DRIVERS))
         if not targets:
@@ -102,25 +99,10 @@ def collect() -> Environment:
 
 
 def _gpu(core: ModuleType, torch: ModuleType | None, device: dict[str, Any]) -> Gpu:
-    kernel, reason = None, ""
-    built, driver = core.device_code(), core.driver_version()
-    if not built["targets"]:
-        reason = "this build has no device code"
-    elif _too_old(driver, built):
-        reason = "its driver supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
-    elif torch is None or device["index"] >= torch.cuda.device_count():
-        reason = "torch does not see this GPU"
-    else:
-        try:
-            kernel = core.plan_sparse_linear(device["capability"], device["sms"], **EXAMPLE, dtype="bfloat16")
-        except RTLynxError as error:
-            reason = error.message
+    kernel, reason = kernel_or_reason(core, device)
+    if kernel is not None and (torch is None or device["index"] >= torch.cuda.device_count()):
+        kernel, reason = None, "torch does not see this GPU"
     return Gpu(**device, kernel=kernel, reason=reason)
-
-
-def _too_old(driver: tuple[int, int] | None, built: dict[str, Any]) -> bool:
-    """Whether the driver cannot load the device code."""
-    return driver is not None and built["min_driver"] is not None and driver < built["min_driver"]
 
 
 def _import(name: str) -> tuple[Any, str]:

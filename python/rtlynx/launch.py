@@ -17,6 +17,7 @@ from rtlynx import plans
 from rtlynx.checks import readable
 from rtlynx.errors import DeviceError, RTLynxError
 from rtlynx.fp8 import kernel_dtype
+from rtlynx.usable import kernel_or_reason
 
 
 def sparsify(
@@ -187,15 +188,6 @@ def why_no_kernels(device: torch.device) -> str | None:
         extension = core()
         gpus = extension.devices()
         index = torch.cuda.current_device() if device.index is None else device.index
-        extension.plan_sparse_linear(gpus[index]["capability"], gpus[index]["sms"], **_ANY_LAYER)
+        return kernel_or_reason(extension, gpus[index])[1] or None
     except RTLynxError as error:
         return error.message
-    built, driver = extension.device_code(), extension.driver_version()
-    if not built["targets"]:
-        return "this build of rtlynx has no device code"
-    if driver < built["min_driver"]:
-        return "the driver supports CUDA {}.{}, and the kernels need {}.{}".format(*driver, *built["min_driver"])
-    return None
-
-
-_ANY_LAYER = {"m": 4096, "n": 3072, "k": 3072, "rank": 0, "dtype": "bfloat16"}

@@ -148,7 +148,7 @@ def test_auto_falls_back_to_the_cpu(machine: Callable[..., None]) -> None:
 
 def test_a_driver_that_is_too_old_is_told(machine: Callable[..., None]) -> None:
     machine(core([H200], driver=(12, 4)), torch_seeing(1))
-    with pytest.raises(DeviceError, match=r"cuda:0 \(NVIDIA H200\): its driver supports CUDA 12.4, and the kernels need 13.0"):
+    with pytest.raises(DeviceError, match=r"cuda:0 \(NVIDIA H200\): the driver supports CUDA 12.4, and the kernels need 13.0"):
         choose_place("cuda:0")
     text = " ".join(run("info").stdout.split())
     assert "missing new enough driver" in text and "nvidia.com/drivers" in text

@@ -137,7 +137,7 @@ def test_ptx_newer_than_the_driver_reads_as_an_old_driver(driver: Path) -> None:
 def test_layers_and_info_say_beforehand_what_the_ops_will(
     driver: Path, settings: dict[str, int], reason: str | None, refusal: str | None
 ) -> None:
-    """The extension decides it when it runs something, `launch` before a layer becomes sparse, `environment` for `rtlynx info`."""
+    """The extension decides it when it runs something, `usable` before that, for layers and for `rtlynx info`."""
     statements = (
         "import torch; from rtlynx import environment, launch",
         "print(launch.why_no_kernels(torch.device('cuda', 0)))",

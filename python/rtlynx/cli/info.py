@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rtlynx.environment import EXAMPLE, Environment, Gpu, collect
+from rtlynx.environment import Environment, Gpu, collect
+from rtlynx.usable import EXAMPLE
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print the same facts as JSON, e.g. for a bug report.")] = False) -> None:
