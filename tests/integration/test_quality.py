@@ -238,13 +238,13 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     with pytest.raises(InvalidArgumentError, match="another prompts"):
         Results(tmp_path, "tiny", {"prompts": 4})
     page = tmp_path / "quality.md"
-    page.write_text(f"# Quality\n\n{BEGIN}\nold\n{END}\nThe end.\n")
+    page.write_text(f"# Quality\n\n{BEGIN}\nstale\n{END}\nThe end.\n")
     with_time = {**measured["naive"], "layer_ms": 3.0, "psnr_db": (math.inf, 40.0, math.inf)}  # a picture may be identical
     Results(tmp_path, "tiny", {"prompts": 3}).add("naive", with_time, ["gpu: none"])
     for _ in range(2):  # again, it changes nothing
         assert CliRunner().invoke(app, ["bench", "quality-docs", str(tmp_path), "--page", str(page)]).exit_code == 0
         text = page.read_text()
-        assert "old" not in text and text.endswith(f"{END}\nThe end.\n") and "- gpu: none" in text
+        assert "stale" not in text and text.endswith(f"{END}\nThe end.\n") and "- gpu: none" in text
         assert text.count("\n| naive | magnitude | 0 |") == 3 and "| 3.00 |" in text  # figures, differences, layers
         assert "\n| naive | magnitude | 0 | **+" in text
     other = tmp_path / "another-gpu"

@@ -51,7 +51,8 @@ def write_docs(folders: Sequence[Path], page: Path) -> list[Path]:
                 parts.append(f"![Error of the velocity against the time of the layers](images/{picture.name})\n")
             mine = [row for row in paired if row["model"] == model and row["against"].startswith(f"{_DEFAULT}/")]
             if mine:
-                parts.append(f"Over split with shift of the same rank, prompt by prompt:\n\n{_paired_table(mine)}")
+                about = "Over split with shift of the same rank, or of the bench's where there is none of it, over the same prompts;"
+                parts.append(f"{about} bold where the interval does not contain zero:\n\n{_paired_table(mine)}")
             by_layer = _layer_table([row for row in layers if row["model"] == model])
             parts.append(f"Error of the layers' outputs on held-out tokens, in %:\n\n{by_layer}")
     before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]

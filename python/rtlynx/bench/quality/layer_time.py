@@ -10,6 +10,9 @@ from torch import Tensor
 from rtlynx.calibrate.collect import LayerInput
 from rtlynx.timing import time_interleaved
 
+TIMING = "medians of CUDA-event times in ms, cold L2, sampled tokens of the layers' own inputs, those of a row interleaved"
+"""What result files say of it."""
+
 
 @torch.no_grad()
 def layers_ms(inputs: Iterable[LayerInput], tokens: int, repeats: int = 10) -> float | None:

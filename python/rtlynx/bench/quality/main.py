@@ -13,6 +13,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 
 from rtlynx.bench.machine import describe, gpu_slug
+from rtlynx.bench.quality.layer_time import TIMING
 from rtlynx.bench.quality.results import COLUMNS, Results, write_tables
 from rtlynx.bench.quality.rows import Row, recipe_row, rows
 from rtlynx.bench.quality.run import QualityBench, Settings
@@ -73,7 +74,7 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     sizes = f"--prompts {settings.prompts} --steps {settings.steps} --rank {wanted.rank} --ranks {ranks}"
     command = f"rtlynx bench quality --model {wanted.model} {sizes}"
     header = (
-        describe(command, commit)
+        describe(command, commit, TIMING)
         if place.on_gpu
         else [f"command: {command}", f"torch: {torch.__version__}, {place.name}, float32 reference"]
     )
