@@ -78,9 +78,8 @@ def sanitize(session: nox.Session) -> None:
     there all are looked at, and the whole models are left out: other libraries' kernels write in ways the tool does not see. In a few tests
     races are looked for in all kernels: racecheck ends torch's bf16 products, which they need, with an illegal access where it is told to
     leave them out. With backtraces of the host tensors stay alive, until no other run fits on the GPU.
-    Full-size layers are left out of all: under the sanitizer they would take hours; so is what compares times. Runs go side by side, on all
-    GPUs that there are, since each waits for its host most of the time; a file of many tests is shared among several. Their output is in
-    .nox/sanitize.
+    Full-size layers are left out of all: under the sanitizer they would take hours. Runs go side by side, on all GPUs that there are, since
+    each waits for its host most of the time; a file of many tests is shared among several. Their output is in .nox/sanitize.
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
@@ -113,7 +112,7 @@ def sanitize(session: nox.Session) -> None:
         gpu = places.get()
         try:
             with (SANITIZED / f"{name}.log").open("w") as output:
-                pytest = ("python", "-m", "pytest", *tests, "-m", "not large and not timed", *session.posargs)
+                pytest = ("python", "-m", "pytest", *tests, "-m", "not large", *session.posargs)
                 env = {"CUDA_VISIBLE_DEVICES": str(gpu)}
                 run(session, sanitizer, *options, *pytest, env=env, stdout=output, stderr=subprocess.STDOUT, log=False)
         except nox.command.CommandFailed:
