@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from rtlynx.adaln_shift import check_adaln_shift, install_adaln_shift
 from rtlynx.bias_groups import install_bias_groups, remove_bias_groups
 from rtlynx.compacted import check_reconfigured, refuse_compact
 from rtlynx.config import SparsityConfig
@@ -69,6 +70,7 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
     # First what can refuse (wrapped layers), then what changes the model.
     for root, found in judged.items():
         check_clock(root, config)
+        check_adaln_shift(root, config)
         check_reconfigured(found, config, keep=_still_right(applied_config(root), config))
         _refuse_wrapped("apply", {c.name: c.module for c in found if c.reason is not None and isinstance(c.module, SparseLinear)})
     replaced = {root: _new_layers(found, config) for root, found in judged.items()}
@@ -81,6 +83,7 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
         refresh_with_adapters(root)
         unshare_before_moving_ahead(root)
         install_dense_steps(root, config)
+        install_adaln_shift(root, config.adaln_shift)
         install_bias_groups(root)
         root.__dict__[_CONFIG] = config
         _log(root, found, config, dropped)
@@ -111,6 +114,7 @@ def remove(pipe_or_module: T) -> T:
     }
     for root, new in replaced.items():
         install_dense_steps(root, None)
+        install_adaln_shift(root, False)
         remove_bias_groups(root)
         install_fusions(root, False)
         _replace(root, new)

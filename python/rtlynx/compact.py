@@ -55,14 +55,14 @@ def compact(pipe_or_module: object) -> int:
 def kept_weights(root: nn.Module) -> dict[SparseLinear, str]:
     """The sparse layers of ``root`` that `compact` leaves with their weights, and why."""
     first, config = _tells_dtype(root), applied_config(root)
-    dense_steps = config is not None and bool(config.dense_first or config.dense_last)
+    densely = config is not None and config.multiplies_densely
     kept: dict[SparseLinear, str] = {}
     for layer in sparse_layers(root).values():
         if layer.is_compact:
             continue
         if layer.precision != "fp8":
             kept[layer] = f'precision="{layer.precision}"'
-        elif _is_fitted(layer) and (layer.dense or dense_steps):
+        elif _is_fitted(layer) and (layer.dense or densely):
             kept[layer] = "it computes densely too, and its sparse product has another weight"
         elif layer.weight is first:
             kept[layer] = "diffusers reads the model's dtype from its weight"

@@ -51,8 +51,8 @@ def check_reconfigured(judged: Sequence[Candidate], config: SparsityConfig, *, k
             got = f"one that makes the compact layer {candidate.name} dense ({candidate.reason})"
         elif (config.precision, config.selection) != (layer.precision, layer.selection):
             got = f'precision="{config.precision}", selection="{config.selection}" for the compact layer {candidate.name}'
-        elif layer.compact_fitted is not None and (config.dense_first or config.dense_last):
-            got = f"one with dense steps for the compact layer {candidate.name}, whose weight was fitted for sparse products"
+        elif layer.compact_fitted is not None and config.multiplies_densely:
+            got = f"one with dense steps or adaln_shift for the compact layer {candidate.name}, whose weight was fitted for sparse products"
         elif layer.rank and not keep:
             got = f"one that the compensation of the compact layer {candidate.name} was not fitted for"
         if got is not None:

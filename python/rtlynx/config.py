@@ -35,6 +35,9 @@ class SparsityConfig:
         branch: ``"dropped"``: the branch reads what selection dropped (split). ``"input"``: it reads the layer's input
             (the paper's form). ``"none"``: no branch.
         selection: ``"magnitude"`` keeps the 2 largest of 4 ``|x_j|``, ``"weight"`` the 2 largest ``|x_j|·‖W_:j‖``.
+        adaln_shift: Whether layers that read LN(h)(1 + scale) + shift select from what is left without that shift, of each sample and step,
+            and get ``shift · Wᵀ`` added (see `rtlynx.adaln_shift`): a little less error for passes of their own. In FLUX.1, SD3.5,
+            Qwen-Image, HunyuanVideo.
         dense_first: Share of the way from noise to picture, at its start, on which all layers compute densely (see `rtlynx.dense_steps`).
         dense_last: The same at its end.
         small_m: ``"dense"``: a layer computes the exact dense product when it is called with fewer tokens than the sparse one is
@@ -60,6 +63,7 @@ class SparsityConfig:
     norm_compensation: bool = True
     branch: Branch = "dropped"
     selection: Selection = "magnitude"
+    adaln_shift: bool = False
     dense_first: float = 0.0
     dense_last: float = 0.0
     small_m: SmallM = "dense"
@@ -79,7 +83,7 @@ class SparsityConfig:
         _one_of("selection", self.selection, get_args(Selection))
         _one_of("small_m", self.small_m, get_args(SmallM))
         _one_of("precision", self.precision, get_args(Precision))
-        for name in ("norm_compensation", "share_inputs", "fuse"):
+        for name in ("norm_compensation", "adaln_shift", "share_inputs", "fuse"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError("SparsityConfig", name, repr(getattr(self, name)), "True or False")
 
@@ -89,8 +93,13 @@ class SparsityConfig:
         A compensation makes up for what selection drops, and in fp8 the same channels are selected and the branch is the same. So they are
         where the activation before is fused.
         """
-        fields = ("branch", "selection", "norm_compensation")
+        fields = ("branch", "selection", "norm_compensation", "adaln_shift")
         return all(getattr(self, field) == getattr(other, field) for field in fields)
+
+    @property
+    def multiplies_densely(self) -> bool:
+        """Whether a sparse layer needs its dense weight in some steps, or for a part of the product."""
+        return bool(self.dense_first or self.dense_last or self.adaln_shift)
 
     def rank_of(self, layer: str) -> int:
         """Rank of the branch of the layer with this name."""

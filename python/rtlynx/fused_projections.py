@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rtlynx.adaln_shift import follow_adaln_shift
 from rtlynx.compacted import refuse_compact
 from rtlynx.linear import SparseLinear, same_selection
 from rtlynx.reference import MAX_RANK
@@ -95,6 +96,7 @@ def _sparse(fused: nn.Linear, layers: Sequence[SparseLinear], name: str) -> nn.L
     sparse.bias_group = next((layer.bias_group for layer in layers if layer.bias_groups > 1), None)
     sparse.set_score(first.score)
     sparse.repeats = True
+    follow_adaln_shift(first, sparse)
     if first.input_group is not None:
         first.input_group.join(sparse)
         first.input_group.tie()

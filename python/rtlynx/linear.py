@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from rtlynx.layer_shapes import check_compensation
 from rtlynx.layer_state import LayerState, SelectionInputs
 from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
+
+if TYPE_CHECKING:
+    from rtlynx.adaln_shift import _Reader
 
 
 class SparseLinear(LayerState):
@@ -73,6 +78,7 @@ class SparseLinear(LayerState):
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
+        adaln_reader: The hooks of `rtlynx.adaln_shift` around it; None where it reads no shift of adaLN, or keeps it.
         derived: How the compensation hangs together with the weight it was given with, for `rtlynx.refresh`.
     """
 
@@ -89,6 +95,7 @@ class SparseLinear(LayerState):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.dense = self.dense_step = False
         self._call: LayerCall | None = None
+        self.adaln_reader: _Reader | None = None
         self.bias_group: Tensor | None = None
         self.configure(config or SparsityConfig())
 
@@ -472,7 +479,7 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group", "_call"}
+    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group", "_call", "adaln_reader"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 

@@ -58,6 +58,7 @@ def measured(bench: QualityBench) -> dict[str, dict[str, object]]:
         Row("wanda", pruning="wanda"),
         Row("naive", Fit("plain", 0, norm_compensation=False)),
         Row("split", Fit("split", 8, ("shift",))),
+        Row("split_adaln", Fit("split", 8, ("shift",)), adaln=True),
         Row("split_fp8", Fit("split", 8, ("shift",)), precision="fp8"),
         Row("split", Fit("split", 8, ("shift",)), skip=True, reseeded=False),
         Row("joint", Fit("joint", 16, ("shift", "permutation"), bias=True)),
@@ -78,6 +79,7 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
     assert velocity["joint_bias4"] < velocity["split"]  # what groups add to one bias is not seen on random weights
     assert 0 < abs(velocity["split_fp8"] - velocity["split"]) < 0.2 * velocity["split"]
     assert max(velocity["split_skip"], velocity["split_last"], velocity["searched"]) < velocity["split"] and velocity["wanda"] > 0
+    assert 0 < velocity["split_adaln"] != velocity["split"]
     assert measured["dense"]["psnr_db"] is None and measured["dense"]["frechet_minus_dense"] == (0, 0, 0)
     assert measured["joint"]["psnr_db"][0] > measured["naive"]["psnr_db"][0]  # type: ignore[index]
     assert len(measured["naive"]["layer_rel_err"]) == len(measured["split"]["layer_rel_err"]) == 12 + 5  # type: ignore[arg-type]

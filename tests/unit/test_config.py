@@ -108,6 +108,7 @@ def test_invalid_values_name_the_argument(argument: str, value: Any) -> None:
         dense_first=st.sampled_from([0.0, 0.25]),
         dense_last=st.floats(0, 1),
         norm_compensation=st.booleans(),
+        adaln_shift=st.booleans(),
         fuse=st.booleans(),
         branch=st.sampled_from(["none", "input", "dropped"]),
         selection=st.sampled_from(["magnitude", "weight"]),
@@ -121,6 +122,7 @@ def test_survives_json(config: rtlynx.SparsityConfig) -> None:
 def test_a_compensation_serves_every_precision() -> None:
     assert rtlynx.SparsityConfig(precision="fp8").same_arithmetic(rtlynx.SparsityConfig())
     assert not rtlynx.SparsityConfig(precision="fp8").same_arithmetic(rtlynx.SparsityConfig(branch="input"))
+    assert not rtlynx.SparsityConfig(adaln_shift=True).same_arithmetic(rtlynx.SparsityConfig())
 
 
 def test_a_compensation_serves_fused_and_not() -> None:

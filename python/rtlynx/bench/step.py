@@ -25,6 +25,7 @@ from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.eligibility import candidates
 from rtlynx.fp8 import missing_kernels
 from rtlynx.fusions.install import original_class
+from rtlynx.recipes import find_recipe
 
 logger = logging.getLogger("rtlynx")
 
@@ -78,12 +79,12 @@ def _compensated(module: nn.Module, rank: int) -> None:
     random_compensation(module, rank)
 
 
-def _sparse_fp8(module: nn.Module, rank: int, fuse: bool = True) -> None:
+def _sparse_fp8(module: nn.Module, rank: int, fuse: bool = True, adaln_shift: bool = False) -> None:
     """Compensated, with the operands of the sparse products in e4m3."""
     reason = missing_kernels(next(module.parameters()).device)
     if reason is not None:
         raise Unavailable(reason)
-    rtlynx.apply(module, SparsityConfig(rank=rank, precision="fp8", fuse=fuse))
+    rtlynx.apply(module, SparsityConfig(rank=rank, precision="fp8", fuse=fuse, adaln_shift=adaln_shift))
     random_compensation(module, rank)
 
 
@@ -96,6 +97,13 @@ def _sparse_fp8_compact(module: nn.Module, rank: int) -> None:
 def _unfused(module: nn.Module, rank: int) -> None:
     """`_sparse_fp8` with every activation as a pass of its own."""
     _sparse_fp8(module, rank, fuse=False)
+
+
+def _without_adaln_shift(module: nn.Module, rank: int) -> None:
+    """`_sparse_fp8` that selects without the shift of adaLN."""
+    if not find_recipe(module).modulations:
+        raise Unavailable(f"it is not known where {type(module).__name__} has its shifts from")
+    _sparse_fp8(module, rank, adaln_shift=True)
 
 
 def _fp8(module: nn.Module, rank: int) -> None:
@@ -137,6 +145,7 @@ MODES: dict[str, Callable[[nn.Module, int], None]] = {
     "sparse fp8": _sparse_fp8,
     "sparse fp8 compact": _sparse_fp8_compact,
     "sparse fp8 unfused": _unfused,
+    "sparse fp8 adaln": _without_adaln_shift,
     "fp8": _fp8,
     "fp8-storage": _fp8_storage,
     "first-block-cache": _first_block_cache,
@@ -149,7 +158,7 @@ WITHOUT = " without "
 """Between a mode and the class of the blocks that are left as diffusers wrote them: ``"sparse fp8 without FluxAttention"``."""
 _HOOKED = ("fp8-storage", "first-block-cache")
 _EAGER_ONLY = (*_HOOKED, *(f"dense {mode}" for mode in _HOOKED))  # hooks around the layers or blocks: no whole graph
-_WITH_BRANCH = ("compensated", "sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", *_HOOKED)
+_WITH_BRANCH = ("compensated", "sparse fp8", "sparse fp8 compact", "sparse fp8 unfused", "sparse fp8 adaln", *_HOOKED)
 
 
 @torch.no_grad()

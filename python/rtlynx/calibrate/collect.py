@@ -301,11 +301,17 @@ def _version(x: Tensor) -> int:
 
 @contextmanager
 def all_dense(layers: Mapping[str, SparseLinear]) -> Iterator[None]:
-    """Inside the block every layer computes densely, in eager mode and without gradients; afterwards as before."""
+    """Inside the block every layer computes densely, in eager mode and without gradients; afterwards as before.
+
+    What hooks see of its input is what it would select from.
+    """
     before = {name: layer.dense for name, layer in layers.items()}
+    readers = [layer.adaln_reader for layer in layers.values() if layer.adaln_reader is not None]
     try:
         for layer in layers.values():
             layer.dense = True
+        for reader in readers:
+            reader.in_dense = True
         # Compiled code would not see hooks that were added after it was traced.
         set_stance: Callable[[str], AbstractContextManager[object]] | None = getattr(torch.compiler, "set_stance", None)
         with torch.no_grad(), set_stance("force_eager") if set_stance else nullcontext():
@@ -313,6 +319,8 @@ def all_dense(layers: Mapping[str, SparseLinear]) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.dense = before[name]
+        for reader in readers:
+            reader.in_dense = False
 
 
 def available_memory(device: torch.device) -> int:

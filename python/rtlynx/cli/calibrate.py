@@ -19,6 +19,7 @@ def calibrate(
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch, a multiple of 16.")] = 64,
     selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
     bias: Annotated[int, typer.Option(min=0, help="Also fit a bias: 1 for all steps, 4 for every quarter of the way to the picture.")] = 0,
+    adaln_shift: Annotated[bool, typer.Option(help="Select without the shift of adaLN, and add what it would have given.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; can be given again.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
     samples_on_cpu: Annotated[bool, typer.Option(help="Keep samples in the machine's memory instead of the GPU's.")] = False,
@@ -37,7 +38,7 @@ def calibrate(
     processes = Processes.present()  # before the model is loaded: each has a GPU of its own
     texts = read_prompts(prompts, model, count, seed)
     pipe = load_pipeline(model, device, dtype)
-    rtlynx.apply(pipe, rtlynx.SparsityConfig(rank=rank, skip=tuple(skip or ())))
+    rtlynx.apply(pipe, rtlynx.SparsityConfig(rank=rank, adaln_shift=adaln_shift, skip=tuple(skip or ())))
     compensation = rtlynx.calibrate(
         pipe,
         texts,

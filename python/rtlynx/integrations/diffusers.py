@@ -256,8 +256,8 @@ def _check_compact(checkpoint: Collection[str], layers: Mapping[str, SparseLinea
         got = None
         if precision != "fp8":
             got = f"{name} {'dense' if precision is None else f'with precision={precision!r}'}"
-        elif f"{name}.compact_fitted" in checkpoint and (config.dense_first or config.dense_last):
-            got = f"dense steps, for which {name} has no weight"
+        elif f"{name}.compact_fitted" in checkpoint and config.multiplies_densely:
+            got = f"dense steps or adaln_shift, for which {name} has no weight"
         if got is not None:
             raise InvalidArgumentError("RTLynxConfig", "sparsity", got, "the checkpoint's own configuration: that layer is compact there")
 

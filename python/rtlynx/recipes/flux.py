@@ -2,7 +2,7 @@
 single-stream blocks. Chroma has the same blocks and, in place of their modulation layers, one `distilled_guidance_layer`: it sees a row per
 modulation vector (344 of them), neither one per sample nor one per token, and no pattern here names it."""
 
-from rtlynx.recipes.recipe import Clock, Recipe
+from rtlynx.recipes.recipe import ADALN_ZERO, ADALN_ZERO_SINGLE, Clock, Recipe
 
 FLUX = Recipe(
     name="flux",
@@ -25,4 +25,5 @@ FLUX = Recipe(
     paper_skip=("single_transformer_blocks.*.proj_out",),
     shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
     clock=Clock(noise=1.0),
+    modulations=(*ADALN_ZERO, ADALN_ZERO_SINGLE),
 )

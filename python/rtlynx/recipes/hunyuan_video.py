@@ -1,6 +1,6 @@
 """HunyuanVideo: FLUX.1's double-stream and single-stream blocks over a video, after a short refiner of the text tokens."""
 
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import ADALN_ZERO, ADALN_ZERO_SINGLE, Recipe
 
 HUNYUAN_VIDEO = Recipe(
     name="hunyuan-video",
@@ -25,4 +25,5 @@ HUNYUAN_VIDEO = Recipe(
     ends=("context_embedder.proj_in", "proj_out"),
     # Unlike in FLUX.1, proj_mlp does not share: attention splits its input and joins it again, so it reads a copy.
     shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    modulations=(*ADALN_ZERO, ADALN_ZERO_SINGLE),
 )

@@ -1,6 +1,6 @@
 """Qwen-Image: double-stream blocks throughout."""
 
-from rtlynx.recipes.recipe import Clock, Recipe
+from rtlynx.recipes.recipe import Clock, Modulation, Recipe
 
 QWEN_IMAGE = Recipe(
     name="qwen-image",
@@ -14,4 +14,12 @@ QWEN_IMAGE = Recipe(
     ends=("img_in", "txt_in", "proj_out"),
     shared_inputs=(("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
     clock=Clock(noise=1.0),
+    modulations=(
+        Modulation("img_mod.1", 6, ((0, ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_qkv")), (3, ("img_mlp.net.0.proj",)))),
+        Modulation(
+            "txt_mod.1",
+            6,
+            ((0, ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_added_qkv")), (3, ("txt_mlp.net.0.proj",))),
+        ),
+    ),
 )

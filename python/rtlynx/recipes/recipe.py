@@ -21,6 +21,23 @@ class Clock:
 
 
 @dataclass(frozen=True)
+class Modulation:
+    """A layer that makes the scales, shifts and gates of a block, and which layers read what one of its shifts was added to (adaLN).
+
+    Attributes:
+        layer: Its name in the block.
+        parts: In how many vectors its output comes; a block in which it is another number has no shift that is known.
+        read_by: Which of them is a shift → the layers, in the block, whose input it is part of.
+        blocks: Globs of the blocks.
+    """
+
+    layer: str
+    parts: int
+    read_by: tuple[tuple[int, tuple[str, ...]], ...]
+    blocks: tuple[str, ...] = ("transformer_blocks.*",)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The linear layers of one model family, as globs over full dotted names (`rtlynx.patterns`).
 
@@ -34,6 +51,7 @@ class Recipe:
             kinds of layers rather than paths: this is our reading of it.
         shared_inputs: Groups of layers, relative to their block, that read the same tensor.
         clock: How it is told the time.
+        modulations: Where shifts of single samples and steps come from, for ``SparsityConfig(adaln_shift=True)``.
     """
 
     name: str
@@ -44,3 +62,22 @@ class Recipe:
     paper_skip: tuple[str, ...] = ()
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     clock: Clock = Clock()
+    modulations: tuple[Modulation, ...] = ()
+
+
+ADALN_ZERO = (
+    Modulation("norm1.linear", 6, ((0, ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_qkv")), (3, ("ff.net.0.proj",)))),
+    Modulation(
+        "norm1_context.linear",
+        6,
+        ((0, ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_added_qkv")), (3, ("ff_context.net.0.proj",))),
+    ),
+)
+"""diffusers' ``AdaLayerNormZero`` in blocks of two streams: shift, scale and gate of attention, then of the MLP."""
+ADALN_ZERO_SINGLE = Modulation(
+    "norm.linear",
+    3,
+    ((0, ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_qkv", "proj_mlp")),),
+    blocks=("single_transformer_blocks.*",),
+)
+"""``AdaLayerNormZeroSingle``: one shift for all layers that read the block's input."""

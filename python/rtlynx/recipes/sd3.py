@@ -1,6 +1,17 @@
 """Stable Diffusion 3 and 3.5: double-stream blocks; in 3.5 medium the first ones have a second attention over the image alone."""
 
-from rtlynx.recipes.recipe import Recipe
+from rtlynx.recipes.recipe import ADALN_ZERO, Modulation, Recipe
+
+_TWO_ATTENTIONS = Modulation(
+    "norm1.linear",
+    9,
+    (
+        (0, ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_qkv")),
+        (3, ("ff.net.0.proj",)),
+        (6, ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_qkv")),
+    ),
+)
+"""SD3.5-medium's first blocks: ``SD35AdaLayerNormZeroX``."""
 
 SD3 = Recipe(
     name="sd3",
@@ -17,4 +28,5 @@ SD3 = Recipe(
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
         ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
     ),
+    modulations=(*ADALN_ZERO, _TWO_ATTENTIONS),
 )

@@ -35,6 +35,7 @@ class Row:
         dense_last: The same at their end.
         precision: Of the sparse products' operands.
         score: What selection compares, as in `SparsityConfig`.
+        adaln: Whether layers select without the shift of adaLN.
         search: Layers and ranks as `rtlynx.search` finds them at what the paper's hand-picked layers cost, counted so; the fit's rank is
             the largest to choose from.
         longer: Whether the branch is trained with more of everything than the bench's settings say (`rtlynx.bench.quality.longer`).
@@ -52,6 +53,7 @@ class Row:
     dense_last: float = 0.0
     precision: Precision = "model"
     score: Selection = "magnitude"
+    adaln: bool = False
     search: Cost | None = None
     longer: bool = False
     recipe: SparsityConfig | None = None
@@ -142,6 +144,13 @@ def _all(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:
         yield Row("norm", Fit("plain", 0, options), score="weight")
         yield Row("split", Fit("split", rank, options), score="weight")
         yield Row("joint", Fit("joint", rank, options), score="weight")
+    for options in (NONE, SHIFT):
+        for method, fit in (
+            ("norm", Fit("plain", 0, options)),
+            ("split", Fit("split", rank, options)),
+            ("joint", Fit("joint", rank, options)),
+        ):
+            yield Row(f"{method}_adaln", fit, adaln=True)
 
 
 def _plain_selection(rank: int, ranks: tuple[int, ...]) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import rtlynx
+from rtlynx.adaln_shift import install_adaln_shift
 from rtlynx.bench.quality import longer
 from rtlynx.bench.quality.judge import Judge, Verdict
 from rtlynx.bench.quality.layer_time import layers_ms
@@ -83,9 +84,9 @@ class QualityBench:
         pipe.set_progress_bar_config(disable=True)
         rtlynx.apply(pipe, _config(Row("dense")))
         self.layers = sparse_layers(pipe.transformer)
-        self.inputs = self._gather(calibration, 4, 0)
-        self.held_out = self._gather(held_out, _HELD_OUT_TOKENS_PER_CHANNEL, 1_000_003)
-        self._held_out_prompts = held_out
+        self._calibration_prompts, self._held_out_prompts = calibration, held_out
+        self.inputs, self.held_out = self._samples()
+        self._shifted: tuple[list[LayerInput], list[LayerInput]] | None = None  # the same without the shift of adaLN
         self._many_prompts = captions.caption(random_scenes(longer.PROMPTS * settings.calibration_prompts, generator))
         self._searchers: dict[str, Searcher] = {}  # by the precision of the products
         self._found: Found | None = None
@@ -105,8 +106,8 @@ class QualityBench:
             fitted, found = time.perf_counter() - started, self._found
             pictures = self._sample(row)
             errors = self._velocity(row)
-            layer_error = self._layer_errors() if row.fit is not None or row.pruning is not None else {}
-            ms = self._layer_ms(row) if row.pruning is None and not row.other_precision else None
+            layer_error = self._layer_errors(row.adaln) if row.fit is not None or row.pruning is not None else {}
+            ms = self._layer_ms(row) if row.pruning is None and not row.other_precision and not row.adaln else None
         verdict = self.judge.look(pictures)
         frechet = values_of(lambda chosen: self.judge.frechet(verdict.features[chosen]), len(pictures), _FRECHET_RESAMPLES)
         if row.method == "dense":
@@ -154,6 +155,8 @@ class QualityBench:
                 if row.recipe is not None:
                     layer.dense = first_match(name, row.recipe.include or ()) is None
             self._found = None
+            install_adaln_shift(self.pipe.transformer, row.adaln)
+            stack.callback(install_adaln_shift, self.pipe.transformer, False)
             if row.search is not None:
                 self._found = self._search(row)
                 for unit, option in self._found.choice:
@@ -172,8 +175,8 @@ class QualityBench:
     def _fit(self, row: Row) -> None:
         assert row.fit is not None
         fit = replace(row.fit, training_steps=self.settings.training_steps)
-        if row.longer or (fit, row.score) not in self._fitted:
-            key = (row.score, fit.selection, fit.norm_compensation, fit.bias)
+        if row.longer or (fit, row.score, row.adaln) not in self._fitted:
+            key = (row.score, row.adaln, fit.selection, fit.norm_compensation, fit.bias)
             if key != self._cached:
                 self._cache, self._cached = {}, key
             device = next(iter(self.layers.values())).weight.device
@@ -181,9 +184,9 @@ class QualityBench:
                 inputs = self._inputs(self._many_prompts, longer.TOKENS_PER_CHANNEL, 3_000_003)
                 self._compensate(longer.fit_longer(inputs, fit, device, self._errors_with))
                 return
-            found = (part for input in self.inputs for part in fit_input(input, fit, device, self._cache))
-            self._fitted[fit, row.score] = dict(found)  # rows that differ in what else is done share it
-        self._compensate(self._fitted[fit, row.score])
+            found = (part for input in self._samples_of(row.adaln)[0] for part in fit_input(input, fit, device, self._cache))
+            self._fitted[fit, row.score, row.adaln] = dict(found)  # rows that differ in what else is done share it
+        self._compensate(self._fitted[fit, row.score, row.adaln])
 
     def _compensate(self, found: Mapping[str, Tensors]) -> None:
         for name, tensors in found.items():
@@ -264,7 +267,7 @@ class QualityBench:
             layer.dense_step = False
         return None if dense is None else share * dense + (1 - share) * sparse
 
-    def _layer_errors(self) -> dict[str, float]:
+    def _layer_errors(self, adaln: bool = False) -> dict[str, float]:
         """Relative output error of every layer on held-out tokens of the dense model; NaN-free, layers left dense are 0.
 
         Of layers that are dense on some steps it is that of the others.
@@ -273,12 +276,12 @@ class QualityBench:
         for layer in self.layers.values():
             layer.dense_step = False
         with torch.no_grad():
-            for input in self.held_out:
+            for input, read in zip(self._samples_of(adaln)[1], self.held_out, strict=True):
                 for name, layer in input.layers.items():
                     weight = self._before.get(layer, layer.weight)
-                    want = nn.functional.linear(input.samples.x, weight, layer.bias).float()
+                    want, whole = (nn.functional.linear(each.samples.x, weight, layer.bias).float() for each in (input, read))
                     got = of_many_steps(layer, input.samples.x, input.samples.level).float()
-                    found[name] = float((got - want).norm() / want.norm())
+                    found[name] = float((got - want).norm() / whole.norm())  # of the output, what adaLN's shift gives it included
         return found
 
     def _accuracy_gained(self, verdict: Verdict) -> Callable[[Tensor], float]:
@@ -286,6 +289,17 @@ class QualityBench:
         assert self._verdict is not None
         gained = verdict.right - self._verdict.right
         return lambda chosen: float(gained[chosen].sum() / verdict.asked[chosen].sum())
+
+    def _samples(self) -> tuple[list[LayerInput], list[LayerInput]]:
+        """To fit from, and held out."""
+        return self._gather(self._calibration_prompts, 4, 0), self._gather(self._held_out_prompts, _HELD_OUT_TOKENS_PER_CHANNEL, 1_000_003)
+
+    def _samples_of(self, adaln: bool) -> tuple[list[LayerInput], list[LayerInput]]:
+        if not adaln:
+            return self.inputs, self.held_out
+        if self._shifted is None:  # the model has the hooks now
+            self._shifted = self._samples()
+        return self._shifted
 
     def _gather(self, prompts: list[str], tokens_per_channel: float, seed: int) -> list[LayerInput]:
         return list(self._inputs(prompts, tokens_per_channel, seed))

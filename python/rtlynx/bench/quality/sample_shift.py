@@ -1,17 +1,15 @@
-"""Would selection gain from the shift of adaLN? ``python -m rtlynx.bench.quality.sample_shift`` measures it on the demo's model.
+"""Does selection gain from the shift of adaLN? ``python -m rtlynx.bench.quality.sample_shift`` measures it on the demo's model.
 
-Blocks of a diffusion transformer read ``LN(h)(1 + scale) + shift``, with a scale and a shift for every sample and step. Selection could be
-made from ``x - shift``, and ``shift · Wᵀ`` added back: one product of a vector per sample and layer. rtlynx does not do that; here hooks
-around its layers do, so that it can be judged against the Lloyd shift, which is one vector for all samples and steps and costs nothing.
+`SparsityConfig(adaln_shift=True)`, a shift for every sample and step, against the Lloyd shift, which is one vector for all samples and
+steps and costs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import rtlynx
+from rtlynx.adaln_shift import adaln_layers
 from rtlynx.calibrate.collect import Budget, all_dense, available_memory, collect
 from rtlynx.calibrate.runs import pipeline_runs
 from rtlynx.config import SparsityConfig
@@ -29,75 +28,7 @@ from rtlynx.demo.metrics import score_pictures
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS, ScenesPipeline
 from rtlynx.demo.scenes import random_scenes
 from rtlynx.eligibility import sparse_layers
-from rtlynx.linear import SparseLinear
 from rtlynx.report import Column, terminal_table
-
-_DOUBLE = (6, {0: ("attn.to_q", "attn.to_k", "attn.to_v"), 3: ("ff.net.0.proj",)})
-_TEXT = (6, {0: ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), 3: ("ff_context.net.0.proj",)})
-_SINGLE = (3, {0: ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")})
-_MODULATIONS: tuple[tuple[str, str, int, Mapping[int, tuple[str, ...]]], ...] = (
-    ("transformer_blocks", "norm1.linear", *_DOUBLE),
-    ("transformer_blocks", "norm1_context.linear", *_TEXT),
-    ("single_transformer_blocks", "norm.linear", *_SINGLE),
-)
-"""Blocks of FLUX, the layer that makes their modulation, in how many parts it comes, and which part is the shift of which layers' input."""
-
-
-@contextmanager
-def sample_shifts(model: nn.Module) -> Iterator[set[str]]:
-    """Inside the block the layers of a FLUX model that adaLN feeds read ``x - shift`` and add ``shift · Wᵀ`` to their output.
-
-    Only in calls of the whole model: layers that are called alone are given an input that is shifted already.
-
-    Yields:
-        The layers' names.
-    """
-    layers, names = sparse_layers(model), set()
-    running: list[None] = []
-    with ExitStack() as hooks:
-
-        def on(handle: Any) -> None:
-            hooks.callback(handle.remove)
-
-        on(model.register_forward_pre_hook(lambda *_: running.append(None)))
-        on(model.register_forward_hook(lambda *_: running.clear(), always_call=True))
-        for blocks, producer, parts, readers in _MODULATIONS:
-            for i, block in enumerate(getattr(model, blocks)):
-                shift = _Shift(running, parts)
-                on(block.get_submodule(producer).register_forward_hook(shift.remember))
-                for part, suffixes in readers.items():
-                    for name in (f"{blocks}.{i}.{suffix}" for suffix in suffixes):
-                        if name in layers:
-                            names.add(name)
-                            on(
-                                layers[name].register_forward_pre_hook(
-                                    lambda _, args, shift=shift, part=part: shift.subtract(part, args[0])
-                                )
-                            )
-                            on(layers[name].register_forward_hook(lambda m, _, y, shift=shift, part=part: shift.add_back(part, m, y)))
-        yield names
-
-
-class _Shift:
-    """The modulation of one block in the present call."""
-
-    def __init__(self, running: list[None], parts: int) -> None:
-        self._running, self._parts = running, parts
-        self._now: tuple[Tensor, ...] = ()
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def remember(self, module: nn.Module, args: object, modulation: Tensor) -> None:
-        self._now, self._last = modulation.chunk(self._parts, 1), None
-
-    def subtract(self, part: int, x: Tensor) -> tuple[Tensor] | None:
-        if not self._running:
-            return None
-        if self._last is None or self._last[0] is not x:  # layers that read one tensor still do
-            self._last = x, x - self._now[part][:, None]
-        return (self._last[1],)
-
-    def add_back(self, part: int, layer: SparseLinear, y: Tensor) -> Tensor | None:
-        return y + (self._now[part] @ layer.weight.T)[:, None] if self._running else None
 
 
 @dataclass(frozen=True)
@@ -147,24 +78,22 @@ def measure(
         for lloyd in (False, True):
             for rank in ranks:
                 method = "split" if rank else "plain"
-                rtlynx.apply(pipe, SparsityConfig(rank=rank, branch="dropped" if rank else "none", small_m="sparse"))
-                with ExitStack() as stack:
-                    if adaln:
-                        stack.enter_context(sample_shifts(model))
-                    if rank or lloyd:
-                        rtlynx.calibrate(
-                            pipe,
-                            texts[prompts : 2 * prompts],
-                            method=method,
-                            selection=("shift",) if lloyd else (),
-                            seed=seed,
-                            batch_size=8,
-                            progress=False,
-                            num_inference_steps=steps,
-                        )
-                    error = probe.error()
-                    pictures = sample(pipe, texts[:prompts], steps=steps, seed=seed, batch=prompts).pictures
-                    layers = _layer_errors(pipe, texts[2 * prompts :], steps, seed)
+                config = SparsityConfig(rank=rank, branch="dropped" if rank else "none", small_m="sparse", adaln_shift=adaln)
+                rtlynx.apply(pipe, config)
+                if rank or lloyd:
+                    rtlynx.calibrate(
+                        pipe,
+                        texts[prompts : 2 * prompts],
+                        method=method,
+                        selection=("shift",) if lloyd else (),
+                        seed=seed,
+                        batch_size=8,
+                        progress=False,
+                        num_inference_steps=steps,
+                    )
+                error = probe.error()
+                pictures = sample(pipe, texts[:prompts], steps=steps, seed=seed, batch=prompts).pictures
+                layers = _layer_errors(pipe, texts[2 * prompts :], steps, seed)
                 rtlynx.remove(pipe)
                 name = ", ".join(["adaLN"] * adaln + ["lloyd"] * lloyd) or "none"
                 accuracy = score_pictures(classifier, pictures, asked).mean
@@ -174,10 +103,7 @@ def measure(
 
 def _layer_errors(pipe: ScenesPipeline, prompts: list[str], steps: int, seed: int) -> tuple[float, float]:
     """Mean relative errors of the layers that adaLN feeds, whether or not their input is shifted by it: of attention, of MLPs."""
-    layers = sparse_layers(pipe.transformer)
-    with sample_shifts(pipe.transformer) as names:
-        pass
-    fed = {name: layers[name] for name in layers if name in names}
+    layers, fed = sparse_layers(pipe.transformer), adaln_layers(pipe.transformer)
     power: dict[str, list[Tensor]] = {name: [] for name in fed}
     runs = pipeline_runs("bench", pipe, prompts, None, seed + 1, 8, {"num_inference_steps": steps})
     budget = Budget(1, available_memory(pipe.device), pipe.device)

@@ -1,0 +1,182 @@
+"""Selection without adaLN's shift: the dense function stays what it is, the sparse one selects anew, and all else goes on as before."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+import rtlynx
+from rtlynx import CompensationMismatchError, InvalidArgumentError, SparsityConfig
+from rtlynx.adaln_shift import adaln_layers
+from rtlynx.calibrate.collect import all_dense
+from rtlynx.eligibility import sparse_layers
+from tiny_models import NEIGHBOURS, TINY, output, relative_error
+
+PLAIN = SparsityConfig(rank=0, branch="none", small_m="sparse")
+SHIFTED = SparsityConfig(rank=0, branch="none", small_m="sparse", adaln_shift=True)
+MODELS = {**TINY, **NEIGHBOURS}
+FED = {"flux": 8 + 2 * 4, "sd3": 11 + 8 + 4, "qwen_image": 2 * 8, "hunyuan_video": 8 + 2 * 4}
+"""Of the tiny models: how many layers read a shift."""
+
+
+def modulated(name: str, config: SparsityConfig) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    """A tiny model with shifts worth taking away, sparse; its inputs, and what it gave before."""
+    model, inputs = MODELS[name].build("cpu", torch.float32), MODELS[name].inputs("cpu", torch.float32)
+    dense = output(model, inputs)
+    return rtlynx.apply(model, config), inputs, dense
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What was selected from, call by call."""
+    seen: list[Tensor] = []
+    sparsify = rtlynx.ops.sparsify
+
+    def recorded(x: Tensor, *args: object, **options: object) -> object:
+        seen.append(x)
+        return sparsify(x, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rtlynx.ops, "sparsify", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(FED))
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_dense_function_stays_and_the_selection_does_not(name: str, fuse: bool) -> None:
+    model, inputs, dense = modulated(name, PLAIN)
+    sparse = output(model, inputs)
+    rtlynx.apply(model, SparsityConfig(rank=0, branch="none", small_m="sparse", adaln_shift=True, fuse=fuse))
+    assert len(adaln_layers(model)) == FED[name]
+    shifted = output(model, inputs)
+    with all_dense(sparse_layers(model)):
+        assert relative_error(output(model, inputs), dense) < 1e-5
+    assert relative_error(shifted, sparse) > 1e-4
+    for layer in sparse_layers(model).values():
+        layer.dense = True
+    assert torch.equal(output(model, inputs), dense) or fuse
+    for layer in sparse_layers(model).values():
+        layer.dense = False
+    rtlynx.remove(model)
+    assert torch.equal(output(model, inputs), dense)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_is_selected_from_has_no_shift_and_is_shared(calls: list[Tensor]) -> None:
+    model, inputs, _ = modulated("flux", PLAIN)
+    output(model, inputs)
+    before, calls[:] = list(calls), []
+    rtlynx.apply(model, SHIFTED)
+    output(model, inputs)
+    assert len(calls) == len(before)
+    block = model.transformer_blocks[0]
+    seen: list[Tensor] = []
+    block.norm1.linear.register_forward_hook(lambda m, args, y: seen.append(y.chunk(6, 1)[0]))
+    calls.clear()
+    output(model, inputs)
+    shift = seen[0].repeat_interleave(len(before[0]) // len(seen[0]), 0)
+    torch.testing.assert_close(calls[0], before[0] - shift)  # q, k and v of the image, which are the first
+
+
+def test_a_layer_alone_is_not_shifted() -> None:
+    model, inputs, _ = modulated("flux", SHIFTED)
+    output(model, inputs)
+    layer, x = next(iter(adaln_layers(model).values())), torch.randn(5, 128)
+    with torch.no_grad():
+        got = layer(x)
+        rtlynx.apply(model, PLAIN)
+        assert torch.equal(got, layer(x)) and not layer._forward_hooks
+
+
+def test_dense_steps_are_the_dense_models_to_the_bit() -> None:
+    model, inputs, dense = modulated("flux", SparsityConfig(rank=0, branch="none", small_m="sparse", adaln_shift=True, dense_first=1.0))
+    assert torch.equal(output(model, inputs), dense)
+
+
+def test_a_compensation_is_fitted_to_it_and_goes_with_it(tmp_path: Path) -> None:
+    config = SparsityConfig(rank=16, small_m="sparse", adaln_shift=True)
+    model, inputs, dense = modulated("flux", config)
+    rtlynx.calibrate(model, run=lambda: output(model, inputs), output=tmp_path / "c.safetensors", progress=False)
+    fitted = output(model, inputs)
+    assert relative_error(fitted, dense) < relative_error(output(*modulated("flux", PLAIN)[:2]), dense)
+    other = MODELS["flux"].build("cpu", torch.float32)
+    rtlynx.load_compensation(other, tmp_path / "c.safetensors")
+    torch.testing.assert_close(output(other, inputs), fitted)
+    assert adaln_layers(other).keys() == {name for name, layer in sparse_layers(other).items() if layer.adaln_reader is not None}
+    rtlynx.apply(other, SparsityConfig(rank=16, small_m="sparse"))  # it is not right without
+    assert not any(layer.rank for layer in sparse_layers(other).values())
+    with pytest.raises(CompensationMismatchError, match="adaln_shift=True"):
+        rtlynx.load_compensation(other, tmp_path / "c.safetensors")
+
+
+def test_copies_and_pickles_have_hooks_of_their_own() -> None:
+    model, inputs, _ = modulated("flux", SHIFTED)
+    want = output(model, inputs)
+    memory = io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(memory, weights_only=False)):
+        assert torch.equal(output(twin, inputs), want)
+        rtlynx.apply(twin, PLAIN)
+        assert not any(layer._forward_hooks for layer in sparse_layers(twin).values()) and not torch.equal(output(twin, inputs), want)
+        assert torch.equal(output(model, inputs), want)
+
+
+@pytest.mark.parametrize("name", sorted(FED))
+@pytest.mark.parametrize("whole", [False, True])
+def test_models_compile_without_a_break(name: str, whole: bool) -> None:
+    torch._dynamo.reset()
+    model, inputs, _ = modulated(name, SHIFTED)
+    want = output(model, inputs)
+    if whole:
+        model.compile(fullgraph=True, backend="eager")
+    elif model._repeated_blocks:
+        model.compile_repeated_blocks(fullgraph=True, backend="eager")  # type: ignore[operator]
+    else:
+        for block in model.transformer_blocks:  # type: ignore[union-attr]
+            block.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(output(model, inputs), want)
+    torch.testing.assert_close(output(model, inputs), want)
+
+
+def test_fused_projections_follow() -> None:
+    model, inputs, _ = modulated("flux", SHIFTED)
+    want = output(model, inputs)
+    model.fuse_qkv_projections()  # type: ignore[operator]
+    assert sparse_layers(model)["transformer_blocks.0.attn.to_qkv"].adaln_reader is not None
+    torch.testing.assert_close(output(model, inputs), want)
+    rtlynx.apply(model, PLAIN)
+    assert not any(layer._forward_hooks for layer in sparse_layers(model).values())
+
+
+def test_adapters_read_the_whole_input() -> None:
+    model, inputs, dense = modulated("flux", SHIFTED)
+    model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "norm1.linear"], init_lora_weights=False))  # type: ignore[operator]
+    with all_dense(sparse_layers(model)):
+        got = output(model, inputs)
+    rtlynx.apply(model, PLAIN)
+    with all_dense(sparse_layers(model)):
+        torch.testing.assert_close(got, output(model, inputs), rtol=1e-4, atol=1e-5)
+    assert relative_error(got, dense) > 1e-3
+
+
+def test_offloaded_weights_are_there_when_they_are_needed() -> None:
+    model, inputs, _ = modulated("flux", SHIFTED)
+    want = output(model, inputs)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(iter(adaln_layers(model).values())).weight.is_meta
+    torch.testing.assert_close(output(model, inputs), want)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - FED.keys()))
+def test_a_model_without_known_shifts_is_refused_and_stays(name: str) -> None:
+    model = MODELS[name].build("cpu", torch.float32)
+    with pytest.raises(InvalidArgumentError, match="apply: argument `config`: got adaln_shift=True for "):
+        rtlynx.apply(model, SHIFTED)
+    assert not sparse_layers(model)
