@@ -26,8 +26,8 @@ def model(
         typer.Option(
             "--mode",
             help="naive, compensated, 'sparse fp8', fp8 (these by default); 'sparse fp8 compact', 'sparse fp8 unfused', "
-            "'sparse fp8 adaln', fp8-storage, first-block-cache, each also with 'dense ' before it. With ' without CLASS' behind it, blocks "
-            "of that class are not fused.",
+            "'sparse fp8 adaln', fp8-storage, first-block-cache, each also with 'dense ' before it. With ' without CLASS' behind it, "
+            "blocks of that class are not fused.",
         ),
     ] = None,
     out: Annotated[
