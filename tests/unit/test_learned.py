@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import rtlynx
 from rtlynx.evaluate.learned import LEARNED, learned
@@ -38,6 +42,72 @@ def test_a_metric_whose_package_is_missing_says_so(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(sys.modules, package, None)  # what makes its import fail
         assert learned(name, torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), PROMPTS) is None
         assert f"{name} is not available here (" in caplog.text
+
+
+def test_a_package_that_pip_calls_otherwise_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pictures = torch.rand(2, 3, 8, 8)
+    monkeypatch.setitem(sys.modules, "ImageReward", None)
+    assert learned("image_reward", pictures, pictures, PROMPTS) is None
+    said = "image_reward is not available here (ModuleNotFoundError: No module named "
+    assert f"{said}'ImageReward': pip install image-reward)" in caplog.text
+    monkeypatch.delitem(sys.modules, "ImageReward")
+    monkeypatch.setitem(sys.modules, "clip", None)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ImageReward.py").write_text("import clip")
+    assert learned("image_reward", pictures, pictures, PROMPTS) is None
+    assert f"{said}'clip': pip install git+https://github.com/openai/CLIP.git)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("from json import apply_chunking_to_forward", "(ImportError: cannot import name 'apply_chunking_to_forward' from 'json'"),
+        ("import no_such_package", "(ModuleNotFoundError: No module named 'no_such_package')"),
+    ],
+)
+def test_an_image_reward_that_does_not_import_says_so_and_leaves_no_trace(
+    line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, "ImageReward", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    careless = "import logging, warnings; warnings.filterwarnings('ignore'); logging.root.setLevel('INFO')"
+    (tmp_path / "ImageReward.py").write_text(f"{careless}\n{line}\n")
+    before = logging.root.level, list(warnings.filters)
+    assert learned("image_reward", torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), PROMPTS) is None
+    assert f"image_reward is not available here {said}" in caplog.text
+    assert (logging.root.level, list(warnings.filters)) == before
+
+
+def test_image_reward_without_its_weights_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def load(name: str, device: torch.device) -> None:
+        raise FileNotFoundError(f"{name} is not on this machine\nand there is no network")
+
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=load))
+    assert learned("image_reward", torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), PROMPTS) is None
+    assert "image_reward is not available here (FileNotFoundError: ImageReward-v1.0 is not on this machine)" in caplog.text
+
+
+def test_image_reward_is_the_mean_over_pictures_and_their_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two frames of a video have one prompt."""
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def score(prompt: str, image: Image.Image) -> float:
+        assert isinstance(image, Image.Image) and (image.mode, image.size) == ("RGB", (16, 8))
+        assert not torch.is_grad_enabled()
+        seen.append((prompt, torch.tensor(np.array(image)).permute(2, 0, 1)))
+        return [0.5, -1.0, 2.0, -4.0][len(seen) - 1]
+
+    def load(name: str, device: torch.device) -> SimpleNamespace:
+        assert (name, device) == ("ImageReward-v1.0", torch.device("cpu"))
+        return SimpleNamespace(score=score)
+
+    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=load))
+    pictures = torch.randint(256, (4, 3, 8, 16))
+    assert learned("image_reward", pictures / 255, torch.rand(4, 3, 8, 16), ["a cat", "a dog"]) == -2.5 / 4
+    assert [prompt for prompt, _ in seen] == ["a cat", "a cat", "a dog", "a dog"]
+    assert torch.equal(torch.stack([image for _, image in seen]), pictures)
 
 
 def test_lpips_sees_pairs_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:

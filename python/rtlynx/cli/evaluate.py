@@ -17,7 +17,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per run.")] = 1,
     fewer_steps: Annotated[int | None, typer.Option(min=0, help="Steps of the dense baseline; default: equal time. 0: none.")] = None,
     noise_floor: Annotated[bool, typer.Option(help="Also sample the dense model in another precision; takes a copy of it.")] = True,
-    metrics: Annotated[str, typer.Option(help="Further metrics whose weights you have, separated by commas: lpips, clip, fid.")] = "",
+    metrics: Annotated[
+        str, typer.Option(help="Further metrics whose weights you have, separated by commas: lpips, clip, fid, image_reward.")
+    ] = "",
     out: Annotated[Path, typer.Option(help="Folder for the report.", file_okay=False)] = Path("rtlynx-eval"),
     device: Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda` or `cuda:1`.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",

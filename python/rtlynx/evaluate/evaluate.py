@@ -94,8 +94,8 @@ def evaluate(
             copy of the model.
         fewer_steps: Also sample the dense model with so many steps, as the other way to save time; None: as many as take the time of the
             sparse model, if that is faster. 0: not at all.
-        metrics: Further ones, of ``"lpips"``, ``"clip"``, ``"fid"`` (to the dense pictures), which need downloaded weights, and what else
-            is in `rtlynx.evaluate.learned.LEARNED`.
+        metrics: Further ones, of ``"lpips"``, ``"clip"``, ``"fid"`` (to the dense pictures), ``"image_reward"``, which need downloaded
+            weights, and what else is in `rtlynx.evaluate.learned.LEARNED`.
         progress: Whether to show a progress bar.
         **pipe_kwargs: For the pipeline, e.g. ``guidance_scale``.
 

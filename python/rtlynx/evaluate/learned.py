@@ -1,21 +1,26 @@
-"""Metrics that need downloaded weights, through torchmetrics and transformers: used where the user has them, said to be missing where not.
+"""Metrics that need downloaded weights, of packages that not everybody has: used where the user has them, said to be missing where not.
 
-ImageReward is not among them: its package, last released in 2023, does not import beside transformers 5. Put into `LEARNED`, it is a metric
-like the others, and so is any function of one's own.
+`image_reward` is for environments with a transformers older than 4.56: its package, last released in 2023, does not import beside newer
+ones, 5 among them. Put into `LEARNED`, any function of one's own is a metric like these.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 logger = logging.getLogger("rtlynx")
 
 CLIP = "openai/clip-vit-base-patch16"
 """Which CLIP: a name on the Hub, or a folder."""
+
+_INSTALLED_BY = {"ImageReward": "image-reward", "clip": "git+https://github.com/openai/CLIP.git"}
+"""Module → what pip installs it from. image-reward imports OpenAI's clip and does not bring it."""
 
 
 def _lpips(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
@@ -32,7 +37,7 @@ def _clip(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
     from transformers import CLIPModel, CLIPProcessor
 
     model, processor = CLIPModel.from_pretrained(CLIP).eval(), CLIPProcessor.from_pretrained(CLIP)
-    texts = [prompt for prompt in prompts for _ in range(len(pictures) // len(prompts))]  # a video has several pictures
+    texts = _texts(pictures, prompts)
     cosines = []
     for start in range(0, len(texts), 16):
         images = list((pictures[start : start + 16] * 255).round().byte())
@@ -52,7 +57,36 @@ def _fid(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
     return float(metric.compute())
 
 
-LEARNED: dict[str, Callable[[Tensor, Tensor, Sequence[str]], float]] = {"lpips": _lpips, "clip": _clip, "fid": _fid}
+def _image_reward(pictures: Tensor, reference: Tensor, prompts: Sequence[str]) -> float:
+    """Xu et al. 2023: the mean reward of a picture for its prompt, of which 35 tokens are read. Higher is better; it can be negative."""
+    level = logging.root.level
+    try:
+        with warnings.catch_warnings():  # importing it turns off all warnings, and sets the root logger to INFO
+            import ImageReward
+    except ModuleNotFoundError as error:
+        source = _INSTALLED_BY.get(error.name or "")
+        if source is None:
+            raise
+        raise ModuleNotFoundError(f"No module named {error.name!r}: pip install {source}", name=error.name) from error
+    finally:
+        logging.root.setLevel(level)
+    model = ImageReward.load("ImageReward-v1.0", device=pictures.device)
+    images = map(Image.fromarray, (pictures * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    rewards = [model.score(text, image) for text, image in zip(_texts(pictures, prompts), images, strict=True)]
+    return float(sum(rewards) / len(rewards))
+
+
+def _texts(pictures: Tensor, prompts: Sequence[str]) -> list[str]:
+    """The prompt of every picture: a video has several pictures."""
+    return [prompt for prompt in prompts for _ in range(len(pictures) // len(prompts))]
+
+
+LEARNED: dict[str, Callable[[Tensor, Tensor, Sequence[str]], float]] = {
+    "lpips": _lpips,
+    "clip": _clip,
+    "fid": _fid,
+    "image_reward": _image_reward,
+}
 """Name → from pictures, the dense model's pictures and prompts to a figure. `fid` is to the dense pictures, not to real ones."""
 
 
