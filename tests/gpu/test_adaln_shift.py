@@ -30,7 +30,7 @@ def test_the_dense_function_stays(name: str, dtype: torch.dtype) -> None:
     rtlynx.remove(model)
     dense = output(model, inputs)
     # Of outputs that are rounded once more than the dense ones, in every block.
-    assert relative_error(got, dense) < 4 * torch.finfo(dtype).eps < relative_error(sparse, dense)
+    assert relative_error(got, dense) < torch.finfo(dtype).eps < relative_error(sparse, dense)
 
 
 @pytest.mark.parametrize("precision", ["model", "fp8"])
@@ -40,7 +40,7 @@ def test_compiled_and_graphed_it_is_the_same(precision: str) -> None:
     eager = output(model, inputs)
     model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
     compiled = output(model, inputs)
-    assert relative_error(compiled, eager) < 0.02  # what is rounded elsewhere moves a selection here and there
+    assert relative_error(compiled, eager) < 0.05  # what is rounded elsewhere moves a selection here and there
     for _ in range(2):
         output(model, inputs)
     graph = torch.cuda.CUDAGraph()
