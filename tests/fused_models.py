@@ -15,7 +15,7 @@ from tiny_models import NEIGHBOURS, TINY, output
 
 F32 = torch.float32
 ALL = {**TINY, **NEIGHBOURS}
-ROTATING = ("FluxAttention", "FluxTransformerBlock", "QwenImageTransformerBlock")
+ROTATING = ("FluxAttention", "FluxTransformerBlock", "QwenImageTransformerBlock", "WanAttention", "WanTransformerBlock")
 """What does without copies of queries and keys what it does eager on a GPU: these rotate them, or call what does."""
 
 

@@ -91,9 +91,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def watch(module: Any, name: str) -> None:
         original: Callable[..., Any] = getattr(module, name)
 
-        def watching(*args: Any) -> Any:
+        def watching(*args: Any, **kwargs: Any) -> Any:
             seen.append(name)
-            return original(*args)
+            return original(*args, **kwargs)
 
         monkeypatch.setattr(module, name, watching)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fused_models import as_diffusers_has_it, sparse
 from tiny_models import output, relative_error
 
-FAMILIES = ["flux", "qwen_image"]
-BLOCKS = {"flux": 1 + 2, "qwen_image": 2}
+FAMILIES = ["flux", "qwen_image", "wan"]
+BLOCKS = {"flux": 1 + 2, "qwen_image": 2, "wan": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

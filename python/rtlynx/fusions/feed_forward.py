@@ -43,14 +43,14 @@ def add_gated_output(residual: Tensor, gate: Tensor, ff: Any, x: Tensor) -> Tens
 
     Args:
         residual: ``(B, S, C)``.
-        gate: ``(B, C)``.
+        gate: See `add_gated`; the product takes that of a sample, in the dtype of the residual.
         ff: A feed-forward of a model with fusions, diffusers' or another.
         x: ``(B, S, C)``.
     """
     fusion: Fusion | None = ff.fusion() if plain(ff, FeedForward) and all(map(inactive, ff.net[3:])) else None
-    if fusion is None or not fusion.pays(x.shape[:-1].numel(), x.device):
+    if fusion is None or gate.dim() != 2 or not fusion.pays(x.shape[:-1].numel(), x.device):
         return add_gated(residual, gate, ff(x))
-    return _activated_output(ff, fusion, x, residual, gate)
+    return _activated_output(ff, fusion, x, residual, gate.type_as(residual))
 
 
 def _activated_output(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,36 @@ def add_gated(residual: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
     Args:
         residual: ``(B, S, C)``.
-        gate: ``(B, C)``, of the same dtype as the others.
+        gate: ``(B, C)`` or ``(B, S, C)``, of the same dtype as the others; or float32, eager and without gradients.
         update: ``(B, S, C)``.
     """
-    gate = gate.unsqueeze(1)
-    return torch.addcmul(residual, gate, update) if eager(residual) else residual + gate * update
+    if gate.dim() == 2:
+        gate = gate.unsqueeze(1)
+    if not eager(residual):
+        return residual + gate * update
+    if gate.dtype == residual.dtype:
+        return torch.addcmul(residual, gate, update)
+    return torch.addcmul(residual, gate, update, out=torch.empty_like(residual))
+
+
+def add_projected(residual: Tensor, gate: Tensor | None, x: Tensor, projection: Any, *others: nn.Module) -> Tensor:
+    """``residual + gate * projection(x)``, by the projection's product where that is sparse now and nothing comes between.
+
+    Args:
+        residual: ``(B, S, N)``.
+        gate: See `add_gated`; the product takes that of a sample, in the dtype of the residual. None: 1.
+        x: ``(B, S, K)``.
+        projection: Linear.
+        others: What follows it: dropout.
+    """
+    x = x.contiguous()
+    in_product = plain(projection, SparseLinear) and all(map(inactive, others)) and (gate is None or gate.dim() == 2)
+    if in_product and projection.in_selection(x.shape[:-1].numel(), x.device):
+        return projection.forward_gated(x, residual, None if gate is None else gate.type_as(residual))  # type: ignore[no-any-return]
+    update = projection(x)
+    for module in others:
+        update = module(update)
+    return residual + update if gate is None else add_gated(residual, gate, update)
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

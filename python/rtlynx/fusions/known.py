@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import logging
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,8 @@ _HOMES = {
     "diffusers.models.transformers.transformer_flux2.Flux2ParallelSelfAttention": "flux2",
     "diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoSingleTransformerBlock": "hunyuan_video",
     "diffusers.models.transformers.transformer_qwenimage.QwenImageTransformerBlock": "qwen_image",
+    "diffusers.models.transformers.transformer_wan.WanAttention": "wan_attention",
+    "diffusers.models.transformers.transformer_wan.WanTransformerBlock": "wan",
     "diffusers.models.transformers.transformer_z_image.FeedForward": "z_image",
 }
 """Class → the file here that fuses it, in a class of the same name: diffusers finds blocks to compile by the names of their classes."""
@@ -62,9 +65,14 @@ def why_not(cls: type[nn.Module], fused: type[nn.Module]) -> str | None:
     if written_for is None:
         return None
     replaced = getattr(fused, "replaces", cls.forward)
-    used = {name for each in (replaced if isinstance(replaced, tuple) else (replaced,)) for name in inspect.unwrap(each).__code__.co_names}
+    used = {name for each in (replaced if isinstance(replaced, tuple) else (replaced,)) for name in _names(inspect.unwrap(each).__code__)}
     unknown = sorted(used - set(written_for.split()))
     return f"its forward uses {', '.join(unknown)}" if unknown else None
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names that code uses, and what is defined in it."""
+    return set(code.co_names).union(*(_names(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def known_to_hooks(fused: Any) -> None:

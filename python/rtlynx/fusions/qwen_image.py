@@ -8,7 +8,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 
 from rtlynx.fusions import feed_forward, norms, qwen_image_attention
-from rtlynx.fusions.fusion import add_gated
+from rtlynx.fusions.fusion import add_gated, add_projected
 from rtlynx.fusions.known import known_to_hooks
 from rtlynx.fusions.single_stream import clipped
 
@@ -68,8 +68,8 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
                 encoder_hidden_states_mask,
                 image_rotary_emb,  # type: ignore[arg-type]
             )
-            image = qwen_image_attention.add_projected(hidden_states, gate, attended, *self.attn.to_out)
-            text = qwen_image_attention.add_projected(encoder_hidden_states, text_gate, text_attended, self.attn.to_add_out)
+            image = add_projected(hidden_states, gate, attended, *self.attn.to_out)
+            text = add_projected(encoder_hidden_states, text_gate, text_attended, self.attn.to_add_out)
         else:
             update, text_update = self.attn(
                 hidden_states=normed,

@@ -11,8 +11,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from torch import Tensor, nn
 
 from rtlynx.fusions import fusion, rotary
-from rtlynx.fusions.fusion import add_gated, inactive, plain
-from rtlynx.linear import SparseLinear
+from rtlynx.fusions.fusion import plain
 
 REPLACED = (Attention.forward, QwenDoubleStreamAttnProcessor2_0.__call__, transformer_qwenimage.apply_rotary_emb_qwen)
 """What of diffusers' is written out here."""
@@ -31,7 +30,7 @@ NAMES = (
 
 
 def is_written_here(attention: nn.Module, x: Tensor, text: Tensor, embedding: Any) -> bool:
-    """Whether a call of it may be `attended` and `add_projected`: eager, without gradients, nothing about it changed.
+    """Whether a call of it may be `attended` and `fusion.add_projected`: eager, without gradients, nothing about it changed.
 
     Args:
         attention: A block's.
@@ -80,25 +79,6 @@ def attended(attention: Any, x: Tensor, text: Tensor, text_mask: Tensor | None, 
     )
     of_text, of_image = together.flatten(2, 3).to(query.dtype).split([text.shape[1], x.shape[1]], 1)
     return of_image, of_text
-
-
-def add_projected(residual: Tensor, gate: Tensor, x: Tensor, projection: Any, *others: nn.Module) -> Tensor:
-    """``residual + gate * projection(x)``, by the projection's product where that is sparse now and nothing comes between.
-
-    Args:
-        residual: ``(B, S, N)``.
-        gate: ``(B, N)``.
-        x: ``(B, S, K)``.
-        projection: Linear.
-        others: What follows it: dropout.
-    """
-    x = x.contiguous()
-    if plain(projection, SparseLinear) and all(map(inactive, others)) and projection.in_selection(x.shape[:-1].numel(), x.device):
-        return projection.forward_gated(x, residual, gate)  # type: ignore[no-any-return]
-    update = projection(x)
-    for module in others:
-        update = module(update)
-    return add_gated(residual, gate, update)
 
 
 def _joint_mask(text_mask: Tensor, tokens: int) -> Tensor:
