@@ -1,8 +1,7 @@
-"""Selection without adaLN's shift on the kernels: half precision, sharing, offloading, compiled code and CUDA graphs."""
+"""Selection without adaLN's shift on the kernels: half precision, compiled code and CUDA graphs."""
 
 from __future__ import annotations
 
-import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,10 +48,3 @@ def test_compiled_and_graphed_it_is_the_same(precision: str) -> None:
     replayed.zero_()
     graph.replay()
     assert torch.equal(replayed, compiled)
-
-
-def test_offloaded_layers_have_their_weights_when_the_shift_is_added() -> None:
-    model, inputs = shifted("flux", torch.bfloat16)
-    want = output(model, inputs)
-    accelerate.cpu_offload(model, execution_device=torch.device("cuda"))
-    assert torch.equal(output(model, inputs), want)
