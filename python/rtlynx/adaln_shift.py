@@ -9,13 +9,16 @@ where the Lloyd shift m and Z, which is of X - shift, are fitted to what is left
 says (`rtlynx.recipes.recipe.Modulation`). Any vector would leave the dense function as it is, so a shift that an adapter has changed since
 costs a little accuracy and nothing else.
 
-Hooks around the layers do it, in passes of their own; fused blocks call those layers as they are, hooks and all. They act while the model
-runs: a layer that is called alone, as calibration does, is given an input that is shifted already.
+Hooks around the layers do it, in passes of their own; fused blocks call those layers as they are, hooks and all. What a modulation layer
+has made is known while its block runs. A layer that is called alone, as by calibration, is given what is shifted already: no shift is known
+to be part of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +33,8 @@ from rtlynx.patterns import first_match
 from rtlynx.recipes import find_recipe
 from rtlynx.recipes.recipe import Modulation
 
+logger = logging.getLogger("rtlynx")
+
 _INSTALLED = "rtlynx_adaln_shift"
 """The attribute of the model that holds its hooks."""
 
@@ -41,6 +46,8 @@ def install_adaln_shift(root: nn.Module, enabled: bool) -> None:
         installed.remove()
     if enabled:
         root.__dict__[_INSTALLED] = _Installed(root)
+        if not adaln_layers(root):
+            logger.warning("adaln_shift: no sparse layer of %s reads a shift of adaLN", type(root).__name__)
 
 
 def check_adaln_shift(root: nn.Module, config: SparsityConfig) -> None:
@@ -57,43 +64,46 @@ def check_adaln_shift(root: nn.Module, config: SparsityConfig) -> None:
 def adaln_layers(root: nn.Module) -> dict[str, SparseLinear]:
     """Name → the sparse layers of ``root`` that read what a shift of adaLN was added to."""
     layers = sparse_layers(root)
-    return {name: layers[name] for _, _, readers in _modulations(root) for names in readers.values() for name in names if name in layers}
+    return {name: layers[name] for *_, readers in _modulations(root) for names in readers.values() for name in names if name in layers}
 
 
 def follow_adaln_shift(layer: SparseLinear, fused: SparseLinear) -> None:
     """Let ``fused``, which stands for ``layer`` and others that read what it reads, do as it does."""
-    if layer.adaln_reader is not None:
-        layer.adaln_reader.attach(fused)
+    if layer.shift_reader is not None:
+        layer.shift_reader.attach(fused)
+
+
+@contextmanager
+def shifted_though_dense(layers: Iterable[SparseLinear]) -> Iterator[None]:
+    """Inside the block dense layers are called with what they would select from, too: calibration reads that from hooks of its own."""
+    readers = [layer.shift_reader for layer in layers if layer.shift_reader is not None]
+    before = [reader.though_dense for reader in readers]
+    try:
+        for reader in readers:
+            reader.though_dense = True
+        yield
+    finally:
+        for reader, was in zip(readers, before, strict=True):
+            reader.though_dense = was
 
 
 class _Installed:
-    """The hooks of one model, and whether it runs now. No closures: a copied or unpickled model has its own."""
+    """The hooks of one model. No closures: a copied or unpickled model has its own."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.running = False
-        self.handles: list[RemovableHandle] = [
-            root.register_forward_pre_hook(self.begin),
-            root.register_forward_hook(self.end, always_call=True),
-        ]
-        self.shifts: list[_Shifts] = []
-        self.readers: list[_Reader] = []
+        self.handles: list[RemovableHandle] = []
+        self.readers: list[ShiftReader] = []
         layers = sparse_layers(root)
-        for modulation, producer, readers in _modulations(root):
-            shifts = _Shifts(self, modulation.parts)
-            self.shifts.append(shifts)
+        for modulation, block, producer, readers in _modulations(root):
+            found = [(part, layers[name]) for part, names in readers.items() for name in names if name in layers]
+            if not found:
+                continue
+            shifts = _Shifts(modulation.parts)
             self.handles.append(producer.register_forward_hook(shifts.remember))
-            for part, names in readers.items():
-                for layer in (layers[name] for name in names if name in layers):
-                    self.readers.append(_Reader(shifts, part))
-                    self.readers[-1].attach(layer)
-
-    def begin(self, *_: Any) -> None:
-        self.running = True
-
-    def end(self, *_: Any) -> None:
-        self.running = False
-        for shifts in self.shifts:  # their tensors need not wait for the next step
-            shifts.now, shifts.last = (), None
+            self.handles.append(block.register_forward_hook(shifts.forget, always_call=True))
+            for part, layer in found:
+                self.readers.append(ShiftReader(shifts, part))
+                self.readers[-1].attach(layer)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -103,16 +113,20 @@ class _Installed:
 
 
 class _Shifts:
-    """What one modulation layer has made in the present call of the model."""
+    """What one modulation layer has made in the present call of its block."""
 
-    def __init__(self, model: _Installed, parts: int) -> None:
-        self.model, self.parts = model, parts
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
         self.now: tuple[Tensor, ...] = ()
         self.last: tuple[Tensor, Tensor] | None = None  # an input, and that without its shift
 
     def remember(self, producer: nn.Module, args: object, modulation: Tensor) -> None:
-        self.now = modulation.chunk(self.parts, -1) if self.model.running and modulation.dim() == 2 else ()
+        self.now = modulation.chunk(self.parts, -1) if modulation.dim() == 2 else ()
         self.last = None
+
+    def forget(self, *_: object) -> None:
+        """At the block's end: nothing stays in memory, and compiled blocks do not return it."""
+        self.now, self.last = (), None
 
     def of(self, part: int, x: Tensor) -> Tensor | None:
         """The shift that is part of x; None where none is known to be."""
@@ -126,34 +140,45 @@ class _Shifts:
         return self.last[1]
 
 
-class _Reader:
-    """The hooks around one layer, and around the one it may be fused into."""
+class ShiftReader:
+    """The hooks around one layer, and around the one it may be fused into.
+
+    Attributes:
+        though_dense: See `shifted_though_dense`.
+    """
 
     def __init__(self, shifts: _Shifts, part: int) -> None:
-        self.shifts, self.part = shifts, part
-        self.taken: Tensor | None = None  # from the input of the call that runs
-        self.in_dense = False  # set while calibration, for which layers are dense, reads what they would select from
-        self.layers: list[SparseLinear] = []
-        self.handles: list[RemovableHandle] = []
+        self.though_dense = False
+        self._shifts, self._part = shifts, part
+        self._taken: Tensor | None = None  # from the input of the call that runs
+        self._layers: list[SparseLinear] = []
+        self._handles: list[RemovableHandle] = []
 
     def attach(self, layer: SparseLinear) -> None:
-        layer.adaln_reader = self
-        self.layers.append(layer)
-        self.handles += layer.register_forward_pre_hook(self.take), layer.register_forward_hook(self.give_back)
+        """Act around ``layer``."""
+        layer.shift_reader = self
+        self._layers.append(layer)
+        self._handles += layer.register_forward_pre_hook(self._take, with_kwargs=True), layer.register_forward_hook(self._give_back)
 
     def detach(self) -> None:
-        for handle in self.handles:
+        """Act around no layer any more."""
+        for handle in self._handles:
             handle.remove()
-        for layer in self.layers:
-            layer.adaln_reader = None
+        for layer in self._layers:
+            layer.shift_reader = None
 
-    def take(self, layer: SparseLinear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        dense = layer.dense_step or (layer.dense and not self.in_dense)  # the dense layer's, to the bit
-        self.taken = None if dense else self.shifts.of(self.part, args[0])
-        return None if self.taken is None else (self.shifts.without(args[0], self.taken), *args[1:])
+    def _take(self, layer: SparseLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        x: Tensor = args[0] if args else kwargs["input"]
+        # A dense layer's output is that of the dense model, to the bit.
+        dense = layer.dense_step or (layer.is_dense_now(x.shape[:-1].numel(), x.device) and not self.though_dense)
+        self._taken = None if dense else self._shifts.of(self._part, x)
+        if self._taken is None:
+            return None
+        x = self._shifts.without(x, self._taken)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
-    def give_back(self, layer: SparseLinear, args: object, output: Tensor) -> Tensor | None:
-        shift, self.taken = self.taken, None
+    def _give_back(self, layer: SparseLinear, args: object, output: Tensor) -> Tensor | None:
+        shift, self._taken = self._taken, None
         return None if shift is None else output + _product(layer, shift).unsqueeze(1)
 
 
@@ -167,16 +192,16 @@ def _product(layer: SparseLinear, rows: Tensor) -> Tensor:
     return product[:-1] - product[-1:]
 
 
-def _modulations(root: nn.Module) -> Iterator[tuple[Modulation, nn.Module, dict[int, list[str]]]]:
-    """What the recipe says of modulations, for every block that is as it says: the layer, and of each shift who reads it, by full name."""
-    for name, block in root.named_modules():
-        for modulation in find_recipe(root).modulations:
-            if first_match(name or "-", modulation.blocks) is None:
-                continue
-            modules = dict(block.named_modules())
+def _modulations(root: nn.Module) -> Iterator[tuple[Modulation, nn.Module, nn.Module, dict[int, list[str]]]]:
+    """What the recipe says, for every block that is as it says: the modulation, block, layer, and who reads each shift, by full name."""
+    known = find_recipe(root).modulations
+    for name, block in root.named_modules() if known else ():
+        asked = [modulation for modulation in known if name and first_match(name, modulation.blocks) is not None]
+        modules = dict(block.named_modules()) if asked else {}
+        for modulation in asked:
             producer = modules.get(modulation.layer)
             readers = {part: [reader for reader in names if reader in modules] for part, names in modulation.read_by}
             first = next((modules[reader] for names in readers.values() for reader in names), None)
             channels = getattr(first, "in_features", None)
             if producer is not None and channels and getattr(producer, "out_features", 0) == modulation.parts * channels:
-                yield modulation, producer, {part: [f"{name}.{reader}" for reader in names] for part, names in readers.items()}
+                yield modulation, block, producer, {part: [f"{name}.{reader}" for reader in names] for part, names in readers.items()}

@@ -52,7 +52,8 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
 
     Raises:
         InvalidArgumentError: No layer at all is named by the configuration, a sparse layer that is to become dense is wrapped by a hook, or
-            the configuration asks of a compact layer what it has no weight for (see `rtlynx.compact`).
+            the configuration asks of a compact layer what it has no weight for (see `rtlynx.compact`), or `adaln_shift` of a model in which
+            nobody knows where a shift comes from.
     """
     if isinstance(config, (str, os.PathLike)):
         config = read_recipe(config)

@@ -24,7 +24,7 @@ from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
 
 if TYPE_CHECKING:
-    from rtlynx.adaln_shift import _Reader
+    from rtlynx.adaln_shift import ShiftReader
 
 
 class SparseLinear(LayerState):
@@ -78,7 +78,7 @@ class SparseLinear(LayerState):
         input_group: The layers that read the same tensor, set by `rtlynx.apply`; None for a layer that reads alone.
         sharing: How many layers of the group ask for the same selection, this one included.
         repeats: Whether its rows are those of other layers that it was fused from, so that they do not count twice in a score.
-        adaln_reader: The hooks of `rtlynx.adaln_shift` around it; None where it reads no shift of adaLN, or keeps it.
+        shift_reader: The hooks of `rtlynx.adaln_shift` around it; None where it reads no shift of adaLN, or keeps it.
         derived: How the compensation hangs together with the weight it was given with, for `rtlynx.refresh`.
     """
 
@@ -95,7 +95,7 @@ class SparseLinear(LayerState):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.dense = self.dense_step = False
         self._call: LayerCall | None = None
-        self.adaln_reader: _Reader | None = None
+        self.shift_reader: ShiftReader | None = None
         self.bias_group: Tensor | None = None
         self.configure(config or SparsityConfig())
 
@@ -223,7 +223,7 @@ class SparseLinear(LayerState):
         if eager and (call := self._call) is not None and (output := call(self, input)) is not None:
             return output
         tokens = input.shape[:-1]
-        if self._is_dense_now(tokens.numel(), input.device):
+        if self.is_dense_now(tokens.numel(), input.device):
             return self._dense(input)
         output = self.multiply(self._selected(input), self.compute_dtype, tokens)
         if (cast := self._autocast_dtype(input)) is not None:
@@ -250,7 +250,7 @@ class SparseLinear(LayerState):
         """
         check_residual("SparseLinear.forward_gated", x, self.out_features, residual, gate)
         tokens = x.shape[:-1]
-        if self._is_dense_now(tokens.numel(), x.device) or autocast_dtype(x.device) is not None:
+        if self.is_dense_now(tokens.numel(), x.device) or autocast_dtype(x.device) is not None:
             return added(self.forward(x), residual, gate)
         return self.multiply(self._selected(x), x.dtype, tokens, residual, gate)
 
@@ -298,7 +298,7 @@ class SparseLinear(LayerState):
         ``torch.autocast``, where what comes before it may be of another dtype.
         """
         gathers = self._buffers["permutation"] is not None and self._buffers["places"] is None
-        return not (self.sharing > 1 or gathers or self._is_dense_now(tokens, device) or autocast_dtype(device) is not None)
+        return not (self.sharing > 1 or gathers or self.is_dense_now(tokens, device) or autocast_dtype(device) is not None)
 
     def select_activated(
         self,
@@ -337,7 +337,7 @@ class SparseLinear(LayerState):
         Not where there is none, nor where channels are gathered first, nor where no kernel of the device does it, nor under
         ``torch.autocast``. Other layers may select from the same tensor.
         """
-        if self._buffers["permutation"] is not None or self._is_dense_now(tokens, device) or autocast_dtype(device) is not None:
+        if self._buffers["permutation"] is not None or self.is_dense_now(tokens, device) or autocast_dtype(device) is not None:
             return False
         return selection_norms(device)
 
@@ -353,7 +353,8 @@ class SparseLinear(LayerState):
             input = input.index_select(-1, permutation)
         return F.linear(input, dequantized_weight(self.weight, scale, input.dtype), self.bias)
 
-    def _is_dense_now(self, tokens: int, device: torch.device) -> bool:
+    def is_dense_now(self, tokens: int, device: torch.device) -> bool:
+        """Whether it computes the dense product of so many tokens on ``device``."""
         return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
 
     def multiply(
@@ -479,7 +480,7 @@ def _take_over(new: nn.Linear, old: nn.Linear) -> None:
         raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
     own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
     own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group", "_call", "adaln_reader"}
+    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group", "_call", "shift_reader"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
     new.weight, new.bias = old.weight, old.bias
 

@@ -179,8 +179,10 @@ def test_layers_fitted_jointly_give_up_both_weights(tmp_path: Path) -> None:
     numbers = sum(layer.in_features * layer.out_features for layer in layers.values())
     assert freed > 7.9 * numbers and all(layer.compact_fitted is not None for layer in layers.values())
     assert torch.equal(output(model, INPUTS), want)
-    with pytest.raises(InvalidArgumentError, match=r"dense steps for the compact layer .* fitted for sparse products"):
+    with pytest.raises(InvalidArgumentError, match=r"dense steps or adaln_shift for the compact layer .* fitted for sparse products"):
         rtlynx.apply(model, SparsityConfig(rank=16, precision="fp8", dense_last=0.1))
+    with pytest.raises(InvalidArgumentError, match=r"compact layer"):
+        rtlynx.apply(model, SparsityConfig(rank=16, precision="fp8", adaln_shift=True))
     assert torch.equal(output(model, INPUTS), want)
     model.save_pretrained(tmp_path)
     again = FluxTransformer2DModel.from_pretrained(tmp_path)
@@ -190,7 +192,7 @@ def test_layers_fitted_jointly_give_up_both_weights(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"]["dense_last"] = 0.1
     path.write_text(json.dumps(config))
-    with pytest.raises(InvalidArgumentError, match="dense steps, for which"):
+    with pytest.raises(InvalidArgumentError, match="dense steps or adaln_shift, for which"):
         FluxTransformer2DModel.from_pretrained(tmp_path)
 
 

@@ -17,7 +17,8 @@ from torch import nn
 from tqdm import tqdm
 
 import rtlynx
-from rtlynx import SparsityConfig
+from rtlynx import InvalidArgumentError, SparsityConfig
+from rtlynx.adaln_shift import check_adaln_shift
 from rtlynx.bench.breakdown import milliseconds_by_kind
 from rtlynx.bench.models import BenchModel
 from rtlynx.bench.peer import Unavailable
@@ -25,7 +26,6 @@ from rtlynx.bench.random_model import build, random_compensation, variant
 from rtlynx.eligibility import candidates
 from rtlynx.fp8 import missing_kernels
 from rtlynx.fusions.install import original_class
-from rtlynx.recipes import find_recipe
 
 logger = logging.getLogger("rtlynx")
 
@@ -101,8 +101,10 @@ def _unfused(module: nn.Module, rank: int) -> None:
 
 def _without_adaln_shift(module: nn.Module, rank: int) -> None:
     """`_sparse_fp8` that selects without the shift of adaLN."""
-    if not find_recipe(module).modulations:
-        raise Unavailable(f"it is not known where {type(module).__name__} has its shifts from")
+    try:
+        check_adaln_shift(module, SparsityConfig(adaln_shift=True))
+    except InvalidArgumentError as error:
+        raise Unavailable(str(error)) from error
     _sparse_fp8(module, rank, adaln_shift=True)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rtlynx.adaln_shift import shifted_though_dense
 from rtlynx.calibrate.processes import ALONE, Processes
 from rtlynx.calibrate.samples import Reservoir, Samples, capacity_within, seed_of
 from rtlynx.dense_steps import noise_level
@@ -306,21 +307,16 @@ def all_dense(layers: Mapping[str, SparseLinear]) -> Iterator[None]:
     What hooks see of its input is what it would select from.
     """
     before = {name: layer.dense for name, layer in layers.items()}
-    readers = [layer.adaln_reader for layer in layers.values() if layer.adaln_reader is not None]
     try:
         for layer in layers.values():
             layer.dense = True
-        for reader in readers:
-            reader.in_dense = True
         # Compiled code would not see hooks that were added after it was traced.
         set_stance: Callable[[str], AbstractContextManager[object]] | None = getattr(torch.compiler, "set_stance", None)
-        with torch.no_grad(), set_stance("force_eager") if set_stance else nullcontext():
+        with torch.no_grad(), shifted_though_dense(layers.values()), set_stance("force_eager") if set_stance else nullcontext():
             yield
     finally:
         for name, layer in layers.items():
             layer.dense = before[name]
-        for reader in readers:
-            reader.in_dense = False
 
 
 def available_memory(device: torch.device) -> int:
