@@ -192,6 +192,25 @@ def test_calls_by_position_and_lists_of_samples() -> None:
     assert found.points[0].share <= 0.8 + 1e-9 and 0 < trajectory.errors(model).relative() < 1
 
 
+def test_layers_that_saw_little_or_nothing_are_named(table: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.scale = nn.Linear(64, 64), nn.Linear(64, 64), 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale * self.used(x)
+
+    model, x = Model(), torch.randn(20, 64)
+    config = SparsityConfig(include=("**",), small_m="sparse")
+    with caplog.at_level("WARNING", "rtlynx"):
+        found = rtlynx.search(model, run=lambda: model(x), budget=0.9, config=config, ranks=(0, 16), times=table, refine=0, progress=False)
+    assert "search: 1 layers saw fewer than 2 tokens per channel, first used" in caplog.text
+    assert "search: unused was never called; it stays dense" in caplog.text and found.config.include in ((), ("used",))
+    with pytest.raises(InvalidArgumentError, match="search: argument `input of used`: got NaN or infinity"):
+        rtlynx.search(model, run=lambda: model(x / 0), budget=0.9, config=config, ranks=(0, 16), times=table, refine=0, progress=False)
+
+
 def test_what_cannot_be_searched_is_refused(tmp_path: Path, table: Path) -> None:
     pipe = tiny_pipeline()
     for arguments, piece in (
@@ -234,6 +253,7 @@ def test_the_command(table: Path, tmp_path: Path) -> None:
         "paper",
         "--times",
         str(table),
+        "--adaln-shift",
         "--device",
         "cpu",
     ]
@@ -241,3 +261,4 @@ def test_the_command(table: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "found" in result.output and (tmp_path / "r.svg").is_file()
     assert rtlynx.Compensation.load(tmp_path / "c.safetensors").config == read_recipe(tmp_path / "r.json")
+    assert read_recipe(tmp_path / "r.json").adaln_shift

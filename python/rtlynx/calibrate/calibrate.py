@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from rtlynx.apply import applied_modules, remember_config
 from rtlynx.bias_groups import install_bias_groups
 from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect_shared
-from rtlynx.calibrate.fit import TOKENS_PER_CHANNEL, Fit, Tensors, fit_input
+from rtlynx.calibrate.fit import Fit, Tensors, fit_input, too_few, warn_of_few
 from rtlynx.calibrate.processes import Processes
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
 from rtlynx.calibrate.workfolder import WorkFolder
@@ -184,8 +184,7 @@ def _solve(input: LayerInput | None, fit: Fit, device: torch.device) -> tuple[li
         return [], {}
     if not len(input.samples):
         raise InvalidArgumentError("calibrate", "memory", f"so little that no token of {input.name} was kept", "more")
-    few = len(input.samples) < TOKENS_PER_CHANNEL * input.samples.x.shape[1]
-    return list(input.layers) if few else [], dict(fit_input(input, fit, device))
+    return list(input.layers) if too_few(input) else [], dict(fit_input(input, fit, device))
 
 
 def _settings(
@@ -206,6 +205,4 @@ def _warn(layers: dict[str, SparseLinear], solved: dict[str, Tensors], few: list
     for name in layers:
         if name not in solved:
             logger.warning("calibrate: %s was never called; it gets no compensation", name)
-    if few:
-        message = "calibrate: %d layers saw fewer than %d tokens per channel, first %s: use more prompts"
-        logger.warning(message, len(few), TOKENS_PER_CHANNEL, few[0])
+    warn_of_few("calibrate", few)

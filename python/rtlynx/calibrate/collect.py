@@ -71,6 +71,7 @@ def collect(
     seed: int,
     bar: tqdm[Any],
     timed: Iterable[nn.Module] = (),
+    op: str = "calibrate",
 ) -> Generator[LayerInput, None, None]:
     """Inputs of ``layers`` with samples of their tokens, in as many passes over ``runs`` as the memory asks for.
 
@@ -85,11 +86,12 @@ def collect(
         bar: Progress bar; its total grows when another pass turns out to be needed.
         timed: The models that the layers are in, for the samples to know the noise level of the step they were taken in; reading it waits
             for the device once per step.
+        op: Who asks, for the message of an error.
 
     Raises:
         InvalidArgumentError: An input was not finite, or a layer's input was shared differently in another pass.
     """
-    for watched in _passes(layers, runs, budget, seed, bar, timed, ALONE):
+    for watched in _passes(layers, runs, budget, seed, bar, timed, ALONE, op):
         while watched.inputs:
             kept = watched.inputs.pop(0)
             yield LayerInput(kept.layers, kept.reservoir.samples(), kept.reservoir.seen)
@@ -166,13 +168,14 @@ def _passes(
     bar: tqdm[Any],
     timed: Iterable[nn.Module],
     processes: Processes,
+    op: str = "calibrate",
 ) -> Iterator[_Pass]:
     """One after the other, each run; the next one needs the memory of what was kept."""
     waiting = dict(layers)
     while waiting:
         bar.total = bar.n + len(runs)
         bar.refresh()
-        watched = _Pass(waiting, budget, seed, timed, processes)
+        watched = _Pass(waiting, budget, seed, timed, processes, op)
 
         def run_all(watched: _Pass = watched) -> None:
             with watched:
@@ -205,9 +208,9 @@ class _Pass:
     """Hooks on the layers while the model runs over all inputs once."""
 
     def __init__(
-        self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int, timed: Iterable[nn.Module], processes: Processes
+        self, layers: Mapping[str, SparseLinear], budget: Budget, seed: int, timed: Iterable[nn.Module], processes: Processes, op: str
     ) -> None:
-        self.layers, self.budget, self.seed, self.timed, self.processes = layers, budget, seed, timed, processes
+        self.op, self.layers, self.budget, self.seed, self.timed, self.processes = op, layers, budget, seed, timed, processes
         self._level = math.nan
         self.inputs: list[_Watched] = []
         self.postponed: set[str] = set()
@@ -238,7 +241,7 @@ class _Pass:
         for input in self.inputs:
             if not input.finite:
                 name = next(iter(input.layers))
-                raise InvalidArgumentError("calibrate", f"input of {name}", "NaN or infinity", "finite values in the dense model")
+                raise InvalidArgumentError(self.op, f"input of {name}", "NaN or infinity", "finite values in the dense model")
 
     def _read_time(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         level = noise_level(root, args, kwargs)

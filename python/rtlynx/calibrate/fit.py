@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from rtlynx.eligibility import own_name
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import values_scale_for
 from rtlynx.linear import SparseLinear
+
+logger = logging.getLogger("rtlynx")
 
 RIDGE = 1e-2
 """λ relative to the mean diagonal of the second moment that is inverted."""
@@ -87,6 +90,18 @@ class Fit:
         return 0 if self.rule.branch == "none" else rank_of(own_name(layer), self.ranks, self.rank)
 
 
+def too_few(input: LayerInput) -> bool:
+    """Whether there are so few samples of it that a stronger ridge is used."""
+    return len(input.samples) < TOKENS_PER_CHANNEL * input.samples.x.shape[1]
+
+
+def warn_of_few(op: str, layers: Sequence[str]) -> None:
+    """Log that the inputs of these layers had `too_few` samples, if there are any."""
+    if layers:
+        message = "%s: %d layers saw fewer than %d tokens per channel, first %s: use more prompts"
+        logger.warning(message, op, len(layers), TOKENS_PER_CHANNEL, layers[0])
+
+
 @torch.no_grad()
 def fit_input(input: LayerInput, fit: Fit, device: torch.device, cache: Cache | None = None) -> Iterator[tuple[str, Tensors]]:
     """Compensation of every layer that reads ``input``, by name; tensors are on the CPU, as the layer will hold them.
@@ -99,8 +114,7 @@ def fit_input(input: LayerInput, fit: Fit, device: torch.device, cache: Cache | 
     """
     cache = {} if cache is None else cache
     x = input.samples.x
-    few = len(x) < TOKENS_PER_CHANNEL * x.shape[1]
-    ridge = FEW_TOKENS_RIDGE if few else RIDGE
+    ridge = FEW_TOKENS_RIDGE if too_few(input) else RIDGE
     for layers in _ranked_alike(input.layers):
         scaled = {name: _Scaled.of(layer, x, device) for name, layer in layers.items()}
         key = (*layers, fit.selection, fit.norm_compensation, fit.bias)

@@ -19,6 +19,9 @@ def calibrate(
     rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch, a multiple of 16.")] = 64,
     selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
     bias: Annotated[int, typer.Option(min=0, help="Also fit a bias: 1 for all steps, 4 for every quarter of the way to the picture.")] = 0,
+    score: Annotated[
+        str, typer.Option(help="What selection compares: `magnitude`, or `weight`, by the norm of the weight's column.")
+    ] = "magnitude",
     adaln_shift: Annotated[bool, typer.Option(help="Select without the shift of adaLN, and add what it would have given.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave dense; can be given again.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB for samples; default: half of what is free.")] = None,
@@ -38,7 +41,8 @@ def calibrate(
     processes = Processes.present()  # before the model is loaded: each has a GPU of its own
     texts = read_prompts(prompts, model, count, seed)
     pipe = load_pipeline(model, device, dtype)
-    rtlynx.apply(pipe, rtlynx.SparsityConfig(rank=rank, adaln_shift=adaln_shift, skip=tuple(skip or ())))
+    config = rtlynx.SparsityConfig(rank=rank, selection=score, adaln_shift=adaln_shift, skip=tuple(skip or ()))  # type: ignore[arg-type]  # which checks it
+    rtlynx.apply(pipe, config)
     compensation = rtlynx.calibrate(
         pipe,
         texts,

@@ -20,6 +20,8 @@ def search(
     ranks: Annotated[str, typer.Option(help="Ranks to choose from, separated by commas; 0: no branch.")] = "0,32,64,128",
     method: Annotated[str, typer.Option(help="As in `rtlynx calibrate`, one with a branch.")] = "split",
     selection: Annotated[str, typer.Option(help="Options of the selection, separated by commas: shift, permutation.")] = "shift",
+    precision: Annotated[str, typer.Option(help="Operands of the sparse products: `model` or `fp8`.")] = "model",
+    adaln_shift: Annotated[bool, typer.Option(help="Select without the shift of adaLN; its own passes are not timed.")] = False,
     times: Annotated[
         str | None, typer.Option(help="layer.csv of `rtlynx bench gemm`, instead of measuring here; `work`: count the work instead.")
     ] = None,
@@ -43,6 +45,7 @@ def search(
     found = rtlynx.search(
         pipe,
         texts,
+        config=rtlynx.SparsityConfig(precision=precision, adaln_shift=adaln_shift),  # type: ignore[arg-type]  # which checks it
         budget="paper" if budget == "paper" else _share(budget),
         ranks=[int(rank) for rank in ranks.split(",") if rank.strip().isdigit()],
         method=method,

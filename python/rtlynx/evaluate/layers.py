@@ -19,7 +19,10 @@ _TOKENS_PER_CHANNEL = 0.5
 
 @torch.no_grad()
 def layer_errors(pipe: Any, model: nn.Module, prompts: Sequence[str], *, steps: int, seed: int, **pipe_kwargs: Any) -> dict[str, float]:
-    """Relative output error of every layer that computes sparsely now, by name, in the model's order."""
+    """Relative output error of every layer that computes sparsely now, by name, in the model's order.
+
+    With `adaln_shift` relative to the output without what the shift gives to it.
+    """
     layers = {name: layer for name, layer in sparse_layers(model).items() if not layer.dense}
     device = getattr(pipe, "_execution_device", next(model.parameters()).device)
     runs = pipeline_runs("evaluate", pipe, list(prompts), None, seed, 1, {**pipe_kwargs, "num_inference_steps": steps})

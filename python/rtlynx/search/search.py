@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from rtlynx.apply import applied_config, apply, remember_config
-from rtlynx.calibrate.collect import Budget, all_dense, available_memory, collect
-from rtlynx.calibrate.fit import Fit
+from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect
+from rtlynx.calibrate.fit import Fit, too_few, warn_of_few
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
 from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
@@ -30,6 +31,8 @@ from rtlynx.search.effects import Effects
 from rtlynx.search.knapsack import exchanges, solve
 from rtlynx.search.options import Option, Unit, chosen, fit_units, label
 from rtlynx.search.times import option_times
+
+logger = logging.getLogger("rtlynx")
 
 _ADDITION = (1.0, 0.75, 0.5)
 """Errors of different layers may add up as if independent (their squares do: 1) or in step (they themselves do: 0.5)."""
@@ -146,14 +149,18 @@ def search(
     apply(root, config)
     layers = sparse_layers(root)
     device = getattr(pipe_or_module, "_execution_device", next(iter(layers.values())).weight.device)
+    few: list[str] = []
     samples = Budget(_TOKENS_PER_CHANNEL, available_memory(device) if memory is None else memory, device)
     with quiet(pipe_or_module):
         with (
             all_dense(layers),
             tqdm(total=len(fit_runs), desc="search: dense runs", unit="run", disable=not progress) as bar,
-            closing(collect(layers, fit_runs, samples, seed=seed, bar=bar)) as found,
+            closing(collect(layers, fit_runs, samples, seed=seed, bar=bar, op="search")) as found,
         ):
-            units = list(fit_units(found, fit, options[1:], device))  # type: ignore[arg-type]
+            units = list(fit_units(_noting_few(found, few), fit, options[1:], device))  # type: ignore[arg-type]
+        warn_of_few("search", few)
+        for name in sorted(layers.keys() - {name for unit in units for name in unit.layers}):
+            logger.warning("search: %s was never called; it stays dense", name)
         for layer in layers.values():
             layer.set_compensation()
         with all_dense(layers):
@@ -177,6 +184,14 @@ def search(
     if output is not None:
         write_recipe(output, config, {"model": type(root).__name__, **made_with})
     return Search(config, replace(Compensation.from_model(root), made_with=made_with), tuple(points), times_from)
+
+
+def _noting_few(inputs: Iterable[LayerInput], few: list[str]) -> Iterator[LayerInput]:
+    """The same, while the layers of those with too few samples are written down."""
+    for input in inputs:
+        if too_few(input):
+            few += input.layers
+        yield input
 
 
 class Chooser:
