@@ -77,6 +77,28 @@ SMALL: dict[str, dict[str, Any]] = {
         "pooled_projection_dim": 32,
         "rope_axes_dim": (8, 12, 12),
     },
+    "sd3.5-large": {
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 128,
+        "pooled_projection_dim": 32,
+    },
+    "pixart-sigma": {
+        "num_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "cross_attention_dim": 128,
+        "caption_channels": 64,
+    },
+    "ltx-video-13b-part": {
+        "num_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "cross_attention_dim": 128,
+        "caption_channels": 64,
+    },
 }
 
 

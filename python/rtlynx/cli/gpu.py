@@ -10,8 +10,8 @@ FullSizeModel = Annotated[
     str,
     typer.Option(
         "--model",
-        help="flux.1-dev, flux.1-schnell, qwen-image, z-image, wan-2.1-14b; with few of their blocks flux.2-dev-part, chroma-part, "
-        "hunyuan-video-part.",
+        help="flux.1-dev, flux.1-schnell, qwen-image, z-image, wan-2.1-14b, sd3.5-large, pixart-sigma; with few of their blocks "
+        "flux.2-dev-part, chroma-part, hunyuan-video-part, ltx-video-13b-part.",
     ),
 ]
 """A name of `rtlynx.bench.models`."""
