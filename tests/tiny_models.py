@@ -238,6 +238,16 @@ def _pixart_inputs(device: torch.device | str, dtype: torch.dtype, side: int = 1
     }
 
 
+def wan_as_loaded(model: Any, device: torch.device | str) -> Any:
+    """The small Wan model with the parts in float32 that ``from_pretrained`` keeps in it."""
+    kept = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    model.rope = NEIGHBOURS["wan"].build(device, torch.float32).rope
+    return model
+
+
 def _wan(device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     def make() -> nn.Module:
         return WanTransformer3DModel(

@@ -13,7 +13,7 @@ import rtlynx
 from rtlynx import SparseLinear
 from rtlynx.activations import selection_does
 from rtlynx.fusions import fusion, rotary, wan, wan_attention
-from tiny_models import NEIGHBOURS, output, relative_error
+from tiny_models import NEIGHBOURS, output, relative_error, wan_as_loaded
 
 BLOCKS = 2
 DTYPES = [torch.bfloat16, torch.float16]
@@ -30,14 +30,6 @@ def inputs_of(samples: int, time: str, dtype: torch.dtype) -> dict[str, Any]:
     if time == "of a token":  # Wan 2.2's 5B model
         inputs["timestep"] = torch.arange(samples * 3 * 4 * 4, device="cuda").reshape(samples, -1)
     return inputs
-
-
-def keep_norms_and_modulation(model: Any) -> None:
-    """In float32, as ``from_pretrained`` does."""
-    for name, parameter in model.named_parameters():
-        if {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"} & set(name.split(".")):
-            parameter.data = parameter.data.float()
-    model.rope = WAN.build("cuda", torch.float32).rope
 
 
 def set_dense(model: nn.Module, dense: bool) -> None:
@@ -100,7 +92,7 @@ def test_the_same_results(
 ) -> None:
     model, inputs = sparse_model(dtype), inputs_of(samples, time, dtype)
     if kept:
-        keep_norms_and_modulation(model)
+        wan_as_loaded(model, "cuda")
     assert output(model, inputs).isfinite().all()
     norms = 3 if kept else 2
     # products add the others

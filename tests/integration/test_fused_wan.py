@@ -21,7 +21,7 @@ import rtlynx
 from fused_models import ALL, F32, as_diffusers_has_it, layers, sparse, unfused
 from rtlynx import SparsityConfig, ops
 from rtlynx.fusions import known, rotary, wan, wan_attention
-from tiny_models import output, relative_error
+from tiny_models import output, relative_error, wan_as_loaded
 
 BLOCKS = 2
 WAN = ALL["wan"]
@@ -35,16 +35,6 @@ def given(samples: int, time: str = "of a sample", dtype: torch.dtype = F32) -> 
     if time == "of a token":  # Wan 2.2's 5B model
         inputs["timestep"] = torch.arange(samples * 3 * 4 * 4).reshape(samples, -1) % 1000
     return inputs
-
-
-def as_loaded(model: Any) -> Any:
-    """With the parts in float32 that ``from_pretrained`` keeps in it."""
-    kept = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
-    for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
-    model.rope = WAN.build("cpu", F32).rope
-    return model
 
 
 def embedding(tokens: int, channels: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +73,7 @@ def both(block: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def test_the_same_results(dtype: torch.dtype, samples: int, time: str, kept: str, rotations: list[int]) -> None:
     model, inputs = sparse("wan", dtype)[0], given(samples, time, dtype)
     if kept != "nothing":
-        as_loaded(model)
+        wan_as_loaded(model, "cpu")
     for layer in layers(model):  # what is selected may change with a last bit, and everything after it
         layer.dense = True
     got = output(model, inputs)
@@ -119,7 +109,7 @@ def test_text_to_video(samples: int, rotations: list[int]) -> None:
 def test_bfloat16_is_no_less_exact(kept: str, rotations: list[int]) -> None:
     model, inputs = WAN.build("cpu", torch.bfloat16), given(1, dtype=torch.bfloat16)
     if kept != "nothing":
-        as_loaded(model)
+        wan_as_loaded(model, "cpu")
     exact = copy.deepcopy(model).double()
     want = output(exact, {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()})
     rtlynx.apply(model)
