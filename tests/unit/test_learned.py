@@ -17,8 +17,19 @@ import torch
 from PIL import Image
 
 import rtlynx
+from rtlynx.evaluate.bootstrap import Interval, mean_interval
+from rtlynx.evaluate.evaluate import _Comparison
 from rtlynx.evaluate.learned import LEARNED, learned
+from rtlynx.evaluate.likeness import ssim
+from rtlynx.evaluate.sampling import Sampled
 from tiny_pipeline import PROMPTS, tiny_pipeline
+
+
+def assert_interval(found: Interval | float | None, of_prompts: torch.Tensor) -> None:
+    """Of a mean over prompts, each of them one sample, and drawn as those of PSNR are."""
+    assert isinstance(found, Interval)
+    assert found == pytest.approx(mean_interval(of_prompts.double()), rel=1e-4)
+    assert found.low < found.value < found.high
 
 
 def test_a_metric_of_ones_own_and_one_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -143,6 +154,14 @@ def test_fid_takes_the_dense_pictures_for_the_real_ones(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", SimpleNamespace(FrechetInceptionDistance=Distance))
     pictures, reference = torch.rand(40, 3, 8, 8), torch.rand(40, 3, 8, 8) / 2
     assert learned("fid", pictures, reference, PROMPTS) == pytest.approx(float(pictures.mean() - reference.mean()), rel=1e-4)
+
+
+def test_ssim_of_videos_has_an_interval_over_prompts() -> None:
+    pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
+    found, reference = torch.rand(2, 4, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    comparison = _Comparison(None, torch.nn.Identity(), ("a",) * 4, 1, ())
+    way = comparison.way("sparse", Sampled(found, 1.0), Sampled(reference, 1.0), None)
+    assert_interval(way.ssim, ssim(found.flatten(0, 1), reference.flatten(0, 1)).unflatten(0, (4, 3)).mean(1))
 
 
 def test_the_clip_score_is_the_mean_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

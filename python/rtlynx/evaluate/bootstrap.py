@@ -53,6 +53,11 @@ def mean_interval(values: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> 
     return interval(lambda chosen: float(values[chosen].double().mean()), len(values), resamples, seed)
 
 
+def mean_interval_over_prompts(values: Tensor, prompts: int) -> Interval:
+    """The interval of a mean over pictures, prompt by prompt equally many: the frames of a video are drawn together."""
+    return mean_interval(values.double().unflatten(0, (prompts, -1)).mean(1))
+
+
 def resampled(samples: int, resamples: int, seed: int) -> Iterator[Tensor]:
     """Indices of ``samples`` draws with replacement, ``resamples`` times."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from rtlynx.calibrate.runs import quiet
 from rtlynx.compacted import refuse_compact
 from rtlynx.eligibility import sparse_layers, target_module, target_modules
 from rtlynx.errors import InvalidArgumentError
-from rtlynx.evaluate.bootstrap import Interval, interval, mean_interval
+from rtlynx.evaluate.bootstrap import Interval, interval, mean_interval_over_prompts
 from rtlynx.evaluate.layers import layer_errors
 from rtlynx.evaluate.learned import LEARNED, learned
 from rtlynx.evaluate.likeness import psnr_db, ssim
@@ -164,8 +164,8 @@ class _Comparison:
             sampled.seconds,
             None if errors is None else interval(errors.relative, errors.squared.shape[1]),
             {} if errors is None else dict(zip(errors.steps, errors.by_step(), strict=True)),
-            mean_interval(psnr_db(found, reference)),
-            mean_interval(ssim(frames, other)),
+            mean_interval_over_prompts(psnr_db(found, reference), len(self.prompts)),
+            mean_interval_over_prompts(ssim(frames, other), len(self.prompts)),
             {metric: learned(metric, frames, other, self.prompts) for metric in self.metrics},
         )
 
