@@ -1,4 +1,4 @@
-"""Metrics with downloaded weights: those that are there, those that are not, and one's own."""
+"""Metrics with downloaded weights: those that are there, those that are not, and one's own; their intervals, also in the report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 import rtlynx
+from rtlynx.evaluate import Evaluation, Way, write_report
 from rtlynx.evaluate.bootstrap import Interval, mean_interval
 from rtlynx.evaluate.evaluate import _Comparison
 from rtlynx.evaluate.learned import LEARNED, learned
 from rtlynx.evaluate.likeness import ssim
+from rtlynx.evaluate.report import columns, table_rows
 from rtlynx.evaluate.sampling import Sampled
 from tiny_pipeline import PROMPTS, tiny_pipeline
 
@@ -44,7 +46,7 @@ def test_a_metric_of_ones_own_and_one_that_cannot_be_had(monkeypatch: pytest.Mon
     options = {"steps": 1, "fewer_steps": 0, "noise_floor": False, "progress": False}
     (dense, sparse) = rtlynx.evaluate(pipe, list(PROMPTS), metrics=["distance", "missing"], **options).ways  # type: ignore[arg-type]
     assert dense.learned == {}
-    assert 2 < sparse.learned["distance"] < 3 and sparse.learned["missing"] is None  # type: ignore[operator]
+    assert isinstance(sparse.learned["distance"], float) and 2 < sparse.learned["distance"] < 3 and sparse.learned["missing"] is None
     assert "missing is not available here (ModuleNotFoundError: No module named 'no_such_package')" in caplog.text
 
 
@@ -116,7 +118,8 @@ def test_image_reward_is_the_mean_over_pictures_and_their_prompts(monkeypatch: p
 
     monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=load))
     pictures = torch.randint(256, (4, 3, 8, 16))
-    assert learned("image_reward", pictures / 255, torch.rand(4, 3, 8, 16), ["a cat", "a dog"]) == -2.5 / 4
+    found = learned("image_reward", pictures / 255, torch.rand(4, 3, 8, 16), ["a cat", "a dog"])
+    assert isinstance(found, Interval) and found == (-2.5 / 4, -1.0, -0.25)  # of two prompts the ends are one of them twice
     assert [prompt for prompt, _ in seen] == ["a cat", "a cat", "a dog", "a dog"]
     assert torch.equal(torch.stack([image for _, image in seen]), pictures)
 
@@ -125,17 +128,13 @@ def test_lpips_sees_pairs_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     class Distance:
         def __init__(self, net_type: str, normalize: bool) -> None:
             assert (net_type, normalize) == ("alex", True)  # pictures are in 0..1
-            self.of: list[torch.Tensor] = []
 
-        def update(self, pictures: torch.Tensor, reference: torch.Tensor) -> None:
-            self.of.append((pictures - reference).abs().mean((1, 2, 3)))
-
-        def compute(self) -> torch.Tensor:
-            return torch.cat(self.of).mean()
+        def __call__(self, pictures: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+            return (pictures - reference).abs().mean()
 
     monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", SimpleNamespace(LearnedPerceptualImagePatchSimilarity=Distance))
     pictures, reference = torch.rand(40, 3, 8, 8), torch.rand(40, 3, 8, 8)
-    assert learned("lpips", pictures, reference, PROMPTS) == pytest.approx(float((pictures - reference).abs().mean()))
+    assert_interval(learned("lpips", pictures, reference, ["a"] * 40), (pictures - reference).abs().mean((1, 2, 3)))
 
 
 def test_fid_takes_the_dense_pictures_for_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +152,16 @@ def test_fid_takes_the_dense_pictures_for_the_real_ones(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", SimpleNamespace(FrechetInceptionDistance=Distance))
     pictures, reference = torch.rand(40, 3, 8, 8), torch.rand(40, 3, 8, 8) / 2
-    assert learned("fid", pictures, reference, PROMPTS) == pytest.approx(float(pictures.mean() - reference.mean()), rel=1e-4)
+    found = learned("fid", pictures, reference, PROMPTS)
+    assert isinstance(found, float) and found == pytest.approx(float(pictures.mean() - reference.mean()), rel=1e-4)
+
+
+def test_frames_of_one_prompt_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten prompts of 50 like frames have an interval that ten pictures have, not one of 500."""
+    of_prompts = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    frames = of_prompts.repeat_interleave(50)[:, None, None, None].expand(-1, 3, 8, 8)
+    monkeypatch.setitem(LEARNED, "brightness", lambda pictures, reference, prompts: pictures.mean((1, 2, 3)))
+    assert_interval(learned("brightness", frames, frames, ["a"] * 10), of_prompts)
 
 
 def test_ssim_of_videos_has_an_interval_over_prompts() -> None:
@@ -162,6 +170,39 @@ def test_ssim_of_videos_has_an_interval_over_prompts() -> None:
     comparison = _Comparison(None, torch.nn.Identity(), ("a",) * 4, 1, ())
     way = comparison.way("sparse", Sampled(found, 1.0), Sampled(reference, 1.0), None)
     assert_interval(way.ssim, ssim(found.flatten(0, 1), reference.flatten(0, 1)).unflatten(0, (4, 3)).mean(1))
+
+
+def test_a_metric_gives_a_figure_or_one_for_every_picture(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pictures = torch.rand(4, 3, 8, 8)
+    for figure in (0.25, torch.tensor(0.25), torch.tensor(0.25).numpy()):
+        monkeypatch.setitem(LEARNED, "mine", lambda pictures, reference, prompts, figure=figure: figure)
+        found = learned("mine", pictures, pictures, PROMPTS)
+        assert type(found) is float and found == 0.25
+    monkeypatch.setitem(LEARNED, "mine", lambda pictures, reference, prompts: torch.tensor([1, 2, 3, 6]))
+    assert learned("mine", pictures, pictures, PROMPTS) == Interval(3.0, 1.5, 4.5)
+    monkeypatch.setitem(LEARNED, "mine", lambda pictures, reference, prompts: torch.rand(2))  # one for every prompt
+    assert learned("mine", pictures, pictures, PROMPTS) is None
+    assert "mine is not available here (InvalidArgumentError: evaluate: argument `mine`: got (2,), expected (4,)" in caplog.text
+
+
+def test_the_report_has_the_intervals_that_there_are(tmp_path: Path) -> None:
+    further = {"lpips": Interval(0.25, 0.125, 0.375), "fid": 12.3456, "clip": None}
+    ways = Way("dense", torch.rand(1, 3, 8, 8), 2.0), Way("sparse", torch.rand(1, 3, 8, 8), 1.0, velocity_by_step={0: 0.1}, learned=further)
+    evaluation = Evaluation(("a",), 4, ways, {"layer": 0.1})
+    shown = [[column.text(row) for column in columns(evaluation)[-3:]] for row in table_rows(evaluation)]
+    assert [column.title for column in columns(evaluation)[-3:]] == ["lpips", "fid", "clip"]
+    assert shown == [["–", "–", "–"], ["0.25 [0.125, 0.375]", "12.35", "–"]]
+    write_report(evaluation, tmp_path, {})
+    assert (tmp_path / "eval.csv").read_text().splitlines() == [
+        "name,figure,value,low,high",
+        "dense,seconds,2.0,,",
+        "sparse,seconds,1.0,,",
+        "sparse,lpips,0.25,0.125,0.375",
+        "sparse,fid,12.3456,,",
+        "sparse,clip,,,",
+    ]
+    page = (tmp_path / "eval.html").read_text()
+    assert "0.25 [0.125, 0.375]</td><td class=number>12.35</td><td class=number>–</td>" in page
 
 
 def test_the_clip_score_is_the_mean_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +223,11 @@ def test_the_clip_score_is_the_mean_cosine(tmp_path: Path, monkeypatch: pytest.M
     texts = [prompt for prompt in prompts for _ in range(2)]
     with torch.no_grad():
         found = model(**processor(text=texts, images=list((frames * 255).round().byte()), return_tensors="pt", padding=True))
-        want = 100 * float(torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds).mean())
-        model.text_projection.weight.mul_(1 if want > 0 else -1)  # so that the score, which is at least 0, says something
-    model.save_pretrained(tmp_path)
+        cosines = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
     processor.save_pretrained(tmp_path)
     monkeypatch.setattr(sys.modules[learned.__module__], "CLIP", str(tmp_path))
-    assert learned("clip", frames, frames, prompts) == pytest.approx(abs(want), abs=1e-3)
+    for sign in (1, -1):  # a cosine on the wrong side of 0 counts 0
+        model.text_projection.weight.data.mul_(sign)
+        model.save_pretrained(tmp_path)
+        want = mean_interval((100 * sign * cosines.double()).clamp_min(0).unflatten(0, (20, 2)).mean(1))
+        assert learned("clip", frames, frames, prompts) == pytest.approx(want, abs=1e-3)

@@ -39,7 +39,7 @@ class Way:
         velocity_by_step: The same by step.
         psnr_db: Against the dense picture of the same prompt and noise; None for the dense way.
         ssim: Likewise.
-        learned: Further figures by name (`rtlynx.evaluate.learned`).
+        learned: Further figures by name (`rtlynx.evaluate.learned`): a float is one without interval, None one that could not be had.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Way:
     velocity_by_step: dict[int, float] = field(default_factory=dict)
     psnr_db: Interval | None = None
     ssim: Interval | None = None
-    learned: dict[str, float | None] = field(default_factory=dict)
+    learned: dict[str, Interval | float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def evaluate(
         fewer_steps: Also sample the dense model with so many steps, as the other way to save time; None: as many as take the time of the
             sparse model, if that is faster. 0: not at all.
         metrics: Further ones, of ``"lpips"``, ``"clip"``, ``"fid"`` (to the dense pictures), ``"image_reward"``, which need downloaded
-            weights, and what else is in `rtlynx.evaluate.learned.LEARNED`.
+            weights, and what else is in `rtlynx.evaluate.learned.LEARNED`. ``"fid"`` has no interval.
         progress: Whether to show a progress bar.
         **pipe_kwargs: For the pipeline, e.g. ``guidance_scale``.
 

@@ -34,7 +34,8 @@ def table_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One row a way, figures with their intervals as text."""
     rows = []
     for way in evaluation.ways:
-        row: dict[str, Any] = {"name": way.name, "seconds": way.seconds, **way.learned}
+        row: dict[str, Any] = {"name": way.name, "seconds": way.seconds}
+        row |= {name: _with_interval(value, "{:.4g}") for name, value in way.learned.items()}
         row["velocity"] = _with_interval(way.velocity, "{:.2%}")
         row["psnr_db"] = _with_interval(way.psnr_db, "{:.2f}")
         row["ssim"] = _with_interval(way.ssim, "{:.4f}")
@@ -45,7 +46,7 @@ def table_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
 def columns(evaluation: Evaluation) -> list[Column]:
     """The table's columns, with one for every further metric that was asked for."""
     names = dict.fromkeys(name for way in evaluation.ways for name in way.learned)
-    return [*COLUMNS, *(Column(name, name, "{:.4g}") for name in names)]
+    return [*COLUMNS, *(Column(name, name) for name in names)]
 
 
 def write_report(evaluation: Evaluation, folder: Path, settings: dict[str, str]) -> list[Path]:
@@ -123,11 +124,10 @@ def _image(picture: Tensor) -> Image.Image:
 def _figures(evaluation: Evaluation) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for way in evaluation.ways:
-        for figure in ("velocity", "psnr_db", "ssim"):
-            value: Interval | None = getattr(way, figure)
-            if value is not None:
-                rows.append({"name": way.name, "figure": figure, **value._asdict()})
-        rows += [{"name": way.name, "figure": name, "value": value} for name, value in [("seconds", way.seconds), *way.learned.items()]]
+        found = {name: value for name in ("velocity", "psnr_db", "ssim") if (value := getattr(way, name)) is not None}
+        for name, value in [*found.items(), ("seconds", way.seconds), *way.learned.items()]:
+            figures = value._asdict() if isinstance(value, Interval) else {"value": value}
+            rows.append({"name": way.name, "figure": name, **figures})
     return rows
 
 
@@ -139,5 +139,7 @@ def _csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _with_interval(value: Interval | None, form: str) -> str | None:
-    return None if value is None else f"{form.format(value.value)} [{form.format(value.low)}, {form.format(value.high)}]"
+def _with_interval(value: Interval | float | None, form: str) -> str | None:
+    if isinstance(value, Interval):
+        return f"{form.format(value.value)} [{form.format(value.low)}, {form.format(value.high)}]"
+    return None if value is None else form.format(value)
