@@ -113,11 +113,11 @@ def evaluate(
     unknown = sorted(set(metrics) - set(LEARNED))
     if unknown:
         raise InvalidArgumentError("evaluate", "metrics", ", ".join(unknown), f"some of {', '.join(LEARNED)}")
-    batches = -(-len(prompts) // batch_size)
-    comparison = _Comparison(pipe, model, tuple(prompts), steps, tuple(metrics))
+    batches = [len(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    comparison = _Comparison(pipe, model, tuple(prompts), batches, steps, tuple(metrics))
     with (
         quiet(pipe),
-        tqdm(total=batches * (2 + noise_floor + (fewer_steps != 0)), desc="evaluate", unit="run", disable=not progress) as bar,
+        tqdm(total=len(batches) * (2 + noise_floor + (fewer_steps != 0)), desc="evaluate", unit="run", disable=not progress) as bar,
     ):
 
         def done() -> None:
@@ -151,21 +151,22 @@ class _Comparison:
     pipe: Any
     model: nn.Module
     prompts: tuple[str, ...]
+    batches: Sequence[int]
     steps: int
     metrics: tuple[str, ...]
     trajectory: Trajectory = field(default_factory=Trajectory)
 
     def way(self, name: str, sampled: Sampled, baseline: Sampled, errors: VelocityErrors | None) -> Way:
-        found, reference = sampled.pictures, baseline.pictures
+        found, reference, prompts = sampled.pictures, baseline.pictures, len(self.prompts)
         frames, other = (t.reshape(-1, *t.shape[-3:]) for t in (found, reference))
         return Way(
             name,
             found,
             sampled.seconds,
-            None if errors is None else interval(errors.relative, errors.squared.shape[1]),
+            None if errors is None else interval(errors.of_prompts(self.batches, len(found) // prompts).relative, prompts),
             {} if errors is None else dict(zip(errors.steps, errors.by_step(), strict=True)),
-            mean_interval_over_prompts(psnr_db(found, reference), len(self.prompts)),
-            mean_interval_over_prompts(ssim(frames, other), len(self.prompts)),
+            mean_interval_over_prompts(psnr_db(found, reference), prompts),
+            mean_interval_over_prompts(ssim(frames, other), prompts),
             {metric: learned(metric, frames, other, self.prompts) for metric in self.metrics},
         )
 

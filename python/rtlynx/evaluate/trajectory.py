@@ -6,7 +6,7 @@ Compared there, the error is the model's alone: it does not grow because an earl
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +112,21 @@ class VelocityErrors:
         """``‖v - v_dense‖ / ‖v_dense‖`` over all steps and samples, or over some (with repeats) of them."""
         squared, size = (t if samples is None else t[:, samples] for t in (self.squared, self.size))
         return float((squared.sum() / size.sum()).sqrt())
+
+    def of_prompts(self, batches: Sequence[int], pictures: int = 1) -> VelocityErrors:
+        """With prompts as the samples: a call with guidance has rows of its batch several times over, one copy after the other.
+
+        Args:
+            batches: Prompts of every run.
+            pictures: Of a prompt, next to each other.
+        """
+        copies = self.squared.shape[1] // (sum(batches) * pictures)
+
+        def summed(rows: Tensor) -> Tensor:
+            runs = rows.split([copies * prompts * pictures for prompts in batches], 1)
+            return torch.cat([run.unflatten(1, (copies, -1, pictures)).sum((1, 3)) for run in runs], 1)
+
+        return VelocityErrors(self.steps, summed(self.squared), summed(self.size))
 
     def by_step(self) -> list[float]:
         """The same for every step."""
