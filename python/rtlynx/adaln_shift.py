@@ -11,7 +11,7 @@ costs a little accuracy and nothing else.
 
 Hooks around the layers do it, in passes of their own; fused blocks call those layers as they are, hooks and all. What a modulation layer
 has made is known while its block runs. A layer that is called alone, as by calibration, is given what is shifted already: no shift is known
-to be part of that.
+to be part of that, unless `shift_in_input` says so.
 """
 
 from __future__ import annotations
@@ -87,6 +87,27 @@ def shifted_though_dense(layers: Iterable[SparseLinear]) -> Iterator[None]:
             reader.though_dense = was
 
 
+@contextmanager
+def shift_in_input(layers: Iterable[SparseLinear], shift: Tensor) -> Iterator[None]:
+    """Inside the block ``shift`` is known to be part of what ``layers`` are called with, as it is while the block of the model runs.
+
+    For who calls layers alone, but with all that is done around them; ``x - shift`` of one x is made once until the end. Layers that read
+    no shift of adaLN compute as ever. Not for use while the model runs, whose blocks have shifts of their own.
+
+    Args:
+        layers: Called with the same x ``(samples, tokens, K)``.
+        shift: ``(samples, K)``, of x's dtype.
+    """
+    known = {layer.shift_reader.shifts for layer in layers if layer.shift_reader is not None}
+    try:
+        for shifts in known:
+            shifts.now = (shift,) * shifts.parts
+        yield
+    finally:
+        for shifts in known:
+            shifts.forget()
+
+
 class _Installed:
     """The hooks of one model. No closures: a copied or unpickled model has its own."""
 
@@ -144,12 +165,13 @@ class ShiftReader:
     """The hooks around one layer, and around the one it may be fused into.
 
     Attributes:
+        shifts: What is known of the shifts of the layer's block.
         though_dense: See `shifted_though_dense`.
     """
 
     def __init__(self, shifts: _Shifts, part: int) -> None:
         self.though_dense = False
-        self._shifts, self._part = shifts, part
+        self.shifts, self._part = shifts, part
         self._taken: Tensor | None = None  # from the input of the call that runs
         self._layers: list[SparseLinear] = []
         self._handles: list[RemovableHandle] = []
@@ -171,10 +193,10 @@ class ShiftReader:
         x: Tensor = args[0] if args else kwargs["input"]
         # A dense layer's output is that of the dense model, to the bit.
         dense = layer.dense_step or (layer.is_dense_now(x.shape[:-1].numel(), x.device) and not self.though_dense)
-        self._taken = None if dense else self._shifts.of(self._part, x)
+        self._taken = None if dense else self.shifts.of(self._part, x)
         if self._taken is None:
             return None
-        x = self._shifts.without(x, self._taken)
+        x = self.shifts.without(x, self._taken)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
     def _give_back(self, layer: SparseLinear, args: object, output: Tensor) -> Tensor | None:

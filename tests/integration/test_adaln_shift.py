@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rtlynx
 from rtlynx import CompensationMismatchError, InvalidArgumentError, SparseLinear, SparsityConfig
-from rtlynx.adaln_shift import adaln_layers
+from rtlynx.adaln_shift import adaln_layers, shift_in_input
 from rtlynx.calibrate.collect import all_dense
 from rtlynx.eligibility import sparse_layers
 from tiny_models import NEIGHBOURS, TINY, output, relative_error
@@ -94,6 +94,29 @@ def test_a_layer_alone_is_not_shifted() -> None:
         assert torch.equal(got, layer(x)) and not layer._forward_hooks
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(FED))
+def test_a_layer_alone_may_be_told_of_a_shift(name: str, calls: list[Tensor]) -> None:
+    model, _, _ = modulated(name, SHIFTED)
+    fed, alone = adaln_layers(model), SparseLinear(128, 64, config=PLAIN)
+    layers = [next(layer for key, layer in fed.items() if key.endswith(kind)) for kind in ("attn.to_q", "attn.to_k", "attn.to_v")]
+    x, shift = torch.randn(2, 5, layers[0].in_features), torch.randn(2, layers[0].in_features)
+    left = [layer(x - shift.unsqueeze(1)) for layer in layers]
+    want = [y + nn.functional.linear(shift, layer.weight).unsqueeze(1) for y, layer in zip(left, layers, strict=True)]
+    for _ in range(2):
+        calls.clear()
+        with shift_in_input([*layers, alone], shift):
+            got = [layer(x) for layer in layers]
+            assert alone(torch.randn(2, 5, 128)).shape == (2, 5, 64)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert len(calls) == 2  # one for q, k and v
+    with shift_in_input(layers, shift), all_dense(fed):
+        for layer in layers:
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    assert all(layer.shift_reader is not None and layer.shift_reader.shifts.last is None for layer in layers)
+    assert all(torch.equal(layer(x - shift.unsqueeze(1)), y) for layer, y in zip(layers, left, strict=True))
+
+
 def test_dense_steps_are_the_dense_models_to_the_bit() -> None:
     model, inputs, dense = modulated("flux", SparsityConfig(rank=0, branch="none", small_m="sparse", adaln_shift=True, dense_first=1.0))
     assert torch.equal(output(model, inputs), dense)
@@ -109,7 +132,7 @@ def test_nothing_stays_in_memory_when_a_block_has_run() -> None:
     model, inputs, _ = modulated("flux", SHIFTED)
     output(model, inputs)
     readers = [layer.shift_reader for layer in adaln_layers(model).values()]
-    assert all(reader is not None and reader._shifts.now == () and reader._shifts.last is None for reader in readers)
+    assert all(reader is not None and reader.shifts.now == () and reader.shifts.last is None for reader in readers)
 
 
 def test_gradient_checkpointing_recomputes_it() -> None:

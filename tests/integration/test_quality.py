@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import rtlynx
-from rtlynx import InvalidArgumentError, SparsityConfig
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
+from rtlynx.adaln_shift import adaln_layers
 from rtlynx.bench.quality import longer
 from rtlynx.bench.quality.docs import BEGIN, END, write_docs
 from rtlynx.bench.quality.judge import Judge
+from rtlynx.bench.quality.layer_time import layer_calls
 from rtlynx.bench.quality.pruning import pruned_weights
 from rtlynx.bench.quality.results import COLUMNS, Results
 from rtlynx.bench.quality.rows import Row, recipe_row, rows
@@ -31,6 +34,7 @@ from rtlynx.calibrate.fit import Fit, Tensors, fit_input
 from rtlynx.cli import app
 from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.drawing import draw
+from rtlynx.demo.model import TOKENS
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS
 from rtlynx.demo.scenes import random_scenes
 from rtlynx.eligibility import sparse_layers
@@ -94,6 +98,47 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
 def test_the_model_is_dense_and_unchanged_between_rows(bench: QualityBench, measured: dict[str, dict[str, object]]) -> None:
     again = bench.measure(Row("dense"))
     assert {**again, "seconds": 0, "fit_seconds": 0} == {**measured["dense"], "seconds": 0, "fit_seconds": 0}
+
+
+ADALN = Row("split_adaln", Fit("split", 8, ("shift",)), adaln=True)
+
+
+def test_layers_that_adaln_feeds_are_timed_with_what_is_done_around_them(bench: QualityBench) -> None:
+    samples, rows = 3, 3 * 5 + 1
+    with bench._as(ADALN), torch.no_grad(), ExitStack() as hooks:
+        seen: dict[SparseLinear, tuple[Tensor, Tensor]] = {}
+        for layer in bench.layers.values():
+            handle = layer.register_forward_hook(lambda layer, args, output: seen.update({layer: (args[0], output)}))
+            hooks.callback(handle.remove)
+        fed = adaln_layers(bench.pipe.transformer)
+        for input in bench._samples_of(True)[0]:
+            call = layer_calls(input, rows, samples)
+            call()
+            first = {layer: seen[layer] for layer in input.layers.values()}
+            assert len({id(left) for left, _ in first.values()}) == 1  # q, k and v read one tensor
+            for name, layer in input.layers.items():
+                left, output = first[layer]
+                added = output - layer.forward(left)
+                if name not in fed:
+                    assert left.shape == (rows, layer.in_features) and not added.any()
+                    continue
+                assert left.shape == (samples, 5, layer.in_features)
+                torch.testing.assert_close(left.flatten(0, 1), input.samples.x[: samples * 5], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(added, added[:, :1].expand_as(added), rtol=1e-4, atol=1e-4)
+                assert added.abs().amax(-1).min() > 1e-3
+            call()
+            assert all(torch.equal(seen[layer][1], output) for layer, (_, output) in first.items())
+            assert all((seen[layer][0] is first[layer][0]) == (name not in fed) for name, layer in input.layers.items())
+    assert len(fed) == 8 + 4
+
+
+def test_times_are_of_what_the_layers_of_a_row_read(bench: QualityBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("rtlynx.bench.quality.run.layers_ms", lambda *arguments: asked.append(arguments) or 3.0)
+    assert bench.measure(Row("dense"))["layer_ms"] == bench.measure(ADALN)["layer_ms"] == 3.0
+    assert bench.measure(Row("wanda", pruning="wanda"))["layer_ms"] is None
+    sizes, left = (SETTINGS.batch * TOKENS, SETTINGS.batch), bench._samples_of(True)[0]
+    assert asked == [(bench.inputs, *sizes), (left, *sizes)] and bench.inputs is not left
 
 
 def test_rows_have_keys_of_their_own_and_every_method_has_one() -> None:

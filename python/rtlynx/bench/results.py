@@ -13,11 +13,12 @@ from rtlynx.bench.activation import ActivationTimes
 from rtlynx.bench.calibration import CalibrationTimes
 from rtlynx.bench.energy import Energy
 from rtlynx.bench.epilogue import EpilogueTimes
+from rtlynx.bench.host import HostTime
 from rtlynx.bench.profile import Utilisation
 from rtlynx.io import atomic_path
 from rtlynx.layer_times import LayerTimes
 
-Row = LayerTimes | Energy | ActivationTimes | EpilogueTimes | CalibrationTimes | Utilisation
+Row = LayerTimes | Energy | ActivationTimes | EpilogueTimes | CalibrationTimes | Utilisation | HostTime
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Row], kind: type[Row] = LayerTimes) -> None:

@@ -267,13 +267,32 @@ def epilogue(
 
 
 @app.command("host")
-def host(rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64, repeats: Repeats = 30) -> None:
-    """Measure what a call of a layer costs the host, eager and compiled."""
-    require_gpu()
-    from rtlynx.bench.host import host_times
+def host(
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    repeats: Repeats = 30,
+    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+) -> None:
+    """Measure what a call of a layer costs the host: eager, whole and in parts, and compiled."""
+    from dataclasses import asdict
 
-    for name, microseconds in host_times(rank, repeats).items():
-        typer.echo(f"{name:<24}{microseconds:6.1f} us")
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.host import METHOD, HostTime, host_times
+    from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.results import write_csv
+    from rtlynx.report.table import Column, terminal_table
+
+    rows = host_times(rank, repeats)
+    columns = [Column("call", "call", numeric=False), Column("part", "part", numeric=False), Column("us", "us", "{:.2f}")]
+    console = Console(highlight=False)
+    console.print(terminal_table(columns, [asdict(row) for row in rows]))
+    if out is None:
+        return
+    path = out / gpu_slug() / "host.csv"
+    write_csv(path, describe(f"rtlynx bench host --rank {rank} --repeats {repeats}", commit, METHOD), rows, HostTime)
+    console.print(f"wrote {path}")
 
 
 @app.command("plot")

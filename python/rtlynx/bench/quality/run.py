@@ -107,7 +107,7 @@ class QualityBench:
             pictures = self._sample(row)
             errors = self._velocity(row)
             layer_error = self._layer_errors(row.adaln) if row.fit is not None or row.pruning is not None else {}
-            ms = self._layer_ms(row) if row.pruning is None and not row.other_precision and not row.adaln else None
+            ms = self._layer_ms(row) if row.pruning is None and not row.other_precision else None
         verdict = self.judge.look(pictures)
         frechet = values_of(lambda chosen: self.judge.frechet(verdict.features[chosen]), len(pictures), _FRECHET_RESAMPLES)
         if row.method == "dense":
@@ -252,17 +252,17 @@ class QualityBench:
 
     def _layer_ms(self, row: Row) -> float | None:
         """Of the layers in one step, on average over the steps where some are dense."""
-        rows = self.settings.batch * TOKENS
+        inputs, samples = self._samples_of(row.adaln)[0], self.settings.batch
         for layer in self.layers.values():
             layer.dense_step = False
-        sparse = layers_ms(self.inputs, rows)
+        sparse = layers_ms(inputs, samples * TOKENS, samples)
         steps = self.settings.steps
         share = sum(is_dense(1 - step / steps, row.dense_first, row.dense_last) for step in range(steps)) / steps
         if sparse is None or share == 0:
             return sparse
         for layer in self.layers.values():
             layer.dense_step = True
-        dense = layers_ms(self.inputs, rows)
+        dense = layers_ms(inputs, samples * TOKENS, samples)
         for layer in self.layers.values():
             layer.dense_step = False
         return None if dense is None else share * dense + (1 - share) * sparse
