@@ -120,6 +120,7 @@ class _Installed:
             if not found:
                 continue
             shifts = _Shifts(modulation.parts)
+            producer = getattr(producer, "base_layer", producer)  # adapters come and go, and take hooks on what they wrap it in along
             self.handles.append(producer.register_forward_hook(shifts.remember))
             self.handles.append(block.register_forward_hook(shifts.forget, always_call=True))
             for part, layer in found:
@@ -131,6 +132,9 @@ class _Installed:
             handle.remove()
         for reader in self.readers:
             reader.detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handles": _alive(self.handles)}
 
 
 class _Shifts:
@@ -189,6 +193,9 @@ class ShiftReader:
         for layer in self._layers:
             layer.shift_reader = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": _alive(self._handles)}
+
     def _take(self, layer: SparseLinear, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         x: Tensor = args[0] if args else kwargs["input"]
         # A dense layer's output is that of the dense model, to the bit.
@@ -202,6 +209,11 @@ class ShiftReader:
     def _give_back(self, layer: SparseLinear, args: object, output: Tensor) -> Tensor | None:
         shift, self._taken = self._taken, None
         return None if shift is None else output + _product(layer, shift).unsqueeze(1)
+
+
+def _alive(handles: list[RemovableHandle]) -> list[RemovableHandle]:
+    """Those of modules that are still there: torch copies no others."""
+    return [handle for handle in handles if handle.hooks_dict_ref() is not None]
 
 
 def _product(layer: SparseLinear, rows: Tensor) -> Tensor:

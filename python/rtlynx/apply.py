@@ -78,7 +78,8 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
     for root, found in judged.items():
         dropped = _reconfigure(found, set(replaced[root]), config, keep=_still_right(applied_config(root), config))
         _replace(root, replaced[root])
-        share_inputs(root, config.share_inputs)
+        for layer in share_inputs(root, config.share_inputs):
+            layer.update_score()
         keep_fused_sparse(root)
         install_fusions(root, config.fuse)
         refresh_with_adapters(root)

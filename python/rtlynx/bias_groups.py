@@ -45,8 +45,7 @@ def install_bias_groups(root: nn.Module) -> None:
     if layers:
         root.__dict__[_NOW] = {}
         _share(root, {layer.bias_groups for layer in layers}, layers[0].weight.device)
-        # Outside of compiled graphs: inside, the write to what they read would keep CUDA graphs from being used for them.
-        root.__dict__[_HOOK] = root.register_forward_pre_hook(torch.compiler.disable(_before_step), with_kwargs=True)
+        root.__dict__[_HOOK] = root.register_forward_pre_hook(_before_step, with_kwargs=True)
 
 
 def remove_bias_groups(root: nn.Module) -> None:
@@ -84,6 +83,8 @@ def _after_loading(root: nn.Module, incompatible_keys: object) -> None:
     install_bias_groups(root)
 
 
+# Inside of compiled graphs, the write to what they read would keep CUDA graphs from being used for them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     levels = noise_levels(root, args, kwargs)
     if levels is None or levels.is_meta:

@@ -41,8 +41,7 @@ def install_dense_steps(root: nn.Module, config: SparsityConfig | None) -> None:
     root.__dict__.pop(_NOW, None)
     if config is not None and (config.dense_first or config.dense_last):
         check_clock(root, config)
-        # Reading the time waits for the device, which no graph can do.
-        hook = torch.compiler.disable(functools.partial(_before_step, first=config.dense_first, last=config.dense_last))
+        hook = functools.partial(_before_step, first=config.dense_first, last=config.dense_last)
         root.__dict__[_HOOK] = root.register_forward_pre_hook(hook, with_kwargs=True)
 
 
@@ -78,6 +77,8 @@ def is_dense(noise_level: float, first: float, last: float) -> bool:
     return noise_level > 1 - first + _ROUNDING or noise_level < last + _ROUNDING * (last > 0)
 
 
+# Reading the time waits for the device, which no graph can do.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _before_step(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, first: float, last: float) -> None:
     level = noise_level(root, args, kwargs)
     if level is None:

@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def share_inputs(root: nn.Module, enabled: bool = True) -> None:
-    """Put the sparse layers of a model into the groups its recipe names, or into none; call it when layers were added or removed."""
+def share_inputs(root: nn.Module, enabled: bool = True) -> list[LayerState]:
+    """Put the sparse layers of a model into the groups its recipe names, or into none; call it when layers were added or removed.
+
+    Returns:
+        The layers that were in a group and are in none now; their scores are still those of the stacked weights.
+    """
     layers = sparse_layers(root)
+    grouped = [layer for layer in layers.values() if layer.input_group is not None]
     suffixes = [(f".{member}", i) for i, group in enumerate(find_recipe(root).shared_inputs) for member in group]
     found: dict[tuple[str, int], list[LayerState]] = {}
     if not enabled:
@@ -49,6 +54,7 @@ def share_inputs(root: nn.Module, enabled: bool = True) -> None:
         for member in members:
             group.join(member)
         members[0].update_score()
+    return [layer for layer in grouped if layer.input_group is None]
 
 
 _IN_COMMON = ("permutation", "places", "comp_down", "shift", "score")

@@ -216,8 +216,21 @@ def test_fused_projections_follow() -> None:
     model.fuse_qkv_projections()  # type: ignore[operator]
     assert sparse_layers(model)["transformer_blocks.0.attn.to_qkv"].shift_reader is not None
     torch.testing.assert_close(output(model, inputs), want)
+    model.unfuse_qkv_projections()  # type: ignore[operator]
+    assert torch.equal(output(copy.deepcopy(model), inputs), want)  # nothing of what was fused is left to copy
     rtlynx.apply(model, PLAIN)
     assert not any(layer._forward_hooks for layer in sparse_layers(model).values())
+
+
+def test_adapters_on_the_modulation_come_and_go() -> None:
+    model, inputs, _ = modulated("flux", SHIFTED)
+    want = output(model, inputs)
+    model = rtlynx.remove(model)
+    model.add_adapter(LoraConfig(r=4, target_modules=["norm1.linear", "norm.linear"], init_lora_weights=False))  # type: ignore[operator]
+    rtlynx.apply(model, SHIFTED)
+    model.unload_lora()  # type: ignore[operator]
+    for each in (model, copy.deepcopy(model)):
+        assert torch.equal(output(each, inputs), want)
 
 
 def test_adapters_read_the_whole_input() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,11 @@ def test_the_bias_of_a_shift_follows_changed_weights_in_every_group(fitted: tupl
         layer.weight += change
     rtlynx.refresh(model)
     torch.testing.assert_close(layer.comp_bias - before, (change @ layer.shift).expand(4, -1))
+
+
+def test_a_pickled_model_has_its_groups(fitted: tuple[nn.Module, Compensation]) -> None:
+    twin = pickle.loads(pickle.dumps(fitted[0]))
+    assert torch.equal(outputs(twin), outputs(fitted[0]))
 
 
 def test_removed_or_replaced_it_leaves_nothing_behind(fitted: tuple[nn.Module, Compensation]) -> None:

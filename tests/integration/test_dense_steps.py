@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,10 +54,11 @@ def test_as_many_steps_as_the_share_says_also_in_bfloat16() -> None:
     assert not any(is_dense(level, 0.0, 0.0) for level in (0.0, 0.5, 1.0))
 
 
-def test_a_copy_and_an_interrupted_run_keep_no_foreign_state() -> None:
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_and_an_interrupted_run_keep_no_foreign_state(copy_of: Callable[[nn.Module], nn.Module]) -> None:
     model = rtlynx.apply(TINY["flux"].build("cpu", torch.float32), CONFIG)
     output(model, inputs_at("flux", model, 1.0))
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     output(copied, inputs_at("flux", copied, 0.5))
     states = [{layer.dense_step for layer in sparse_layers(each).values()} for each in (model, copied)]
     assert states == [{True}, {False}]

@@ -347,6 +347,13 @@ def test_layers_that_do_not_share_hold_nothing_in_common() -> None:
         assert torch.equal(layer(x), before)
 
 
+def test_layers_that_no_longer_share_score_by_their_own_weights() -> None:
+    root = model(SparsityConfig(rank=RANK, selection="weight"))
+    rtlynx.apply(root, SparsityConfig(rank=RANK, selection="weight", share_inputs=False))
+    for layer in layers(root):
+        torch.testing.assert_close(layer.score, layer.weight.detach().norm(dim=0))
+
+
 class Hook:
     """As diffusers' group offloading leaves it on a layer."""
 
