@@ -44,7 +44,8 @@ def apply(pipe_or_module: T, config: SparsityConfig | str | os.PathLike[str] | N
 
     Args:
         pipe_or_module: A module, or a pipeline with a ``.transformer`` or ``.unet``. If it has a ``.transformer_2`` too, as Wan 2.2's
-            pipelines do, that one is made sparse in the same way; patterns name layers inside each of them.
+            pipelines do, or an ``.unconditional_transformer``, as Ideogram 4's, that one is made sparse in the same way; patterns name
+            layers inside each of them.
         config: What to make sparse, and how, or a recipe file of `rtlynx.search`; default `SparsityConfig()`.
 
     Returns:

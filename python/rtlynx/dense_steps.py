@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from rtlynx.config import SparsityConfig
 from rtlynx.eligibility import sparse_layers
 from rtlynx.errors import InvalidArgumentError
-from rtlynx.recipes import find_recipe
+from rtlynx.recipes import GENERIC, find_recipe
+
+logger = logging.getLogger("rtlynx")
 
 _HOOK, _NOW = "rtlynx_dense_steps", "rtlynx_dense_now"
 """Attributes of the transformer: its hook's handle, and whether the last step was dense."""
@@ -41,6 +44,9 @@ def install_dense_steps(root: nn.Module, config: SparsityConfig | None) -> None:
     root.__dict__.pop(_NOW, None)
     if config is not None and (config.dense_first or config.dense_last):
         check_clock(root, config)
+        if find_recipe(root) is GENERIC:
+            message = "dense steps: no recipe says how %s is told the time; its timestep is taken to go from %g (noise) to %g (picture)"
+            logger.warning(message, type(root).__name__, GENERIC.clock.noise, GENERIC.clock.picture)
         hook = functools.partial(_before_step, first=config.dense_first, last=config.dense_last)
         root.__dict__[_HOOK] = root.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -51,8 +51,8 @@ def target_module(pipe_or_module: object, op: str) -> nn.Module:
     raise InvalidArgumentError(op, "pipe_or_module", type(pipe_or_module).__name__, expected)
 
 
-_SECOND = "transformer_2"
-"""Where pipelines with one transformer for high and one for low noise, such as those of Wan 2.2, keep the other one."""
+_OTHERS = ("transformer_2", "unconditional_transformer")
+"""Where pipelines keep a second transformer: those of Wan 2.2 the one for low noise, Ideogram 4's the one that guidance compares with."""
 
 
 def target_modules(pipe_or_module: object, op: str) -> dict[str, nn.Module]:
@@ -61,12 +61,12 @@ def target_modules(pipe_or_module: object, op: str) -> dict[str, nn.Module]:
     Raises:
         InvalidArgumentError: There is none.
     """
-    first = target_module(pipe_or_module, op)
-    second = None if isinstance(pipe_or_module, nn.Module) else getattr(pipe_or_module, _SECOND, None)
-    if not isinstance(second, nn.Module):
-        return {"": first}
-    second = target_module(second, op)
-    return {"": first} if second is first else {"": first, f"{_SECOND}.": second}
+    modules = {"": target_module(pipe_or_module, op)}
+    for name in () if isinstance(pipe_or_module, nn.Module) else _OTHERS:
+        other = getattr(pipe_or_module, name, None)
+        if isinstance(other, nn.Module) and (root := target_module(other, op)) not in modules.values():
+            modules[f"{name}."] = root
+    return modules
 
 
 def linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -88,7 +88,8 @@ def sparse_layers(module: nn.Module) -> dict[str, SparseLinear]:
 
 def own_name(name: str) -> str:
     """A layer's name inside its own module, which is what patterns match, from one of `all_sparse_layers`."""
-    return name.removeprefix(f"{_SECOND}.")
+    prefix, _, rest = name.partition(".")
+    return rest if prefix in _OTHERS else name
 
 
 def all_sparse_layers(modules: Mapping[str, nn.Module]) -> dict[str, SparseLinear]:

@@ -4,6 +4,7 @@
 |----------|--------------------------------------------------------------------------------------|
 | ``*``    | any characters of one component (a component that is only ``*`` is never empty)      |
 | ``**``   | any number of whole components, also none                                            |
+| ``#``    | one component that is a number: the index of a block                                 |
 | ``{a,b}``| either alternative; alternatives may contain dots and nested braces                  |
 
 So ``blocks.*.attn.{to_q,to_out.0}`` matches ``blocks.3.attn.to_out.0`` and not ``blocks.3.extra.attn.to_q``.
@@ -63,6 +64,8 @@ def _expression(pattern: str) -> str:
             parts.append(r"(?:[^.]+\.)*")
         elif component == "*":
             parts.append(r"[^.]+\.")
+        elif component == "#":
+            parts.append(r"[0-9]+\.")
         else:
             parts.append("[^.]*".join(re.escape(piece) for piece in component.split("*")) + r"\.")
     return "".join(parts)

@@ -30,7 +30,8 @@ class LayerSummary:
     """One linear layer.
 
     Attributes:
-        name: Full dotted name (without the ``.base_layer`` of a peft wrapper); in a pipeline's second transformer after ``transformer_2.``.
+        name: Full dotted name (without the ``.base_layer`` of a peft wrapper); in a pipeline's second transformer after its name,
+            such as ``transformer_2.``.
         sparse: Whether its next forward is sparse.
         reason: Why it is dense; empty for a sparse layer.
         in_features: K.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,11 @@ from rtlynx.dense_steps import is_dense
 from rtlynx.dense_steps import noise_level as level_of
 from rtlynx.eligibility import sparse_layers
 from rtlynx.recipes import find_recipe
+from tiny_families import FAMILIES, WITHOUT_RECIPE
 from tiny_models import NEIGHBOURS, TINY, output
 
 CONFIG = SparsityConfig(rank=0, branch="none", small_m="sparse", dense_first=0.2, dense_last=0.1)
-MODELS = {**TINY, **NEIGHBOURS}
+MODELS = {**TINY, **NEIGHBOURS, "hidream": FAMILIES["hidream"]}  # whose argument has a name of its own
 
 
 def inputs_at(name: str, model: nn.Module, noise_level: float) -> dict[str, Any]:
@@ -43,6 +45,14 @@ def test_first_and_last_steps_are_the_dense_models_and_others_sparse(name: str) 
     assert not torch.equal(output(model, inputs_at(name, model, 1.0)), dense[0])
     rtlynx.remove(rtlynx.apply(model, CONFIG))
     assert torch.equal(output(model, inputs_at(name, model, 0.7)), dense[2]) and not model._forward_pre_hooks
+
+
+def test_a_clock_that_nobody_knows_is_said_to_be_taken_for_the_usual_one(caplog: pytest.LogCaptureFixture) -> None:
+    for model, said in ((WITHOUT_RECIPE["cogview4"], 1), (TINY["flux"], 0)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "rtlynx"):
+            rtlynx.apply(model.build("cpu", torch.float32), CONFIG)
+        assert caplog.text.count("taken to go from 1000 (noise) to 0 (picture)") == said
 
 
 def test_as_many_steps_as_the_share_says_also_in_bfloat16() -> None:

@@ -225,23 +225,24 @@ def test_a_compiled_wrapper_is_looked_through() -> None:
     assert isinstance(module[0].to_q, SparseLinear)
 
 
-def test_a_second_transformer_is_served_too(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = SimpleNamespace(transformer=model(), transformer_2=model())
+@pytest.mark.parametrize("name", ["transformer_2", "unconditional_transformer"])
+def test_a_second_transformer_is_served_too(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    pipe = SimpleNamespace(transformer=model(), **{name: model()})
     assert rtlynx.apply(pipe, SparsityConfig(include=("**",), skip=("1.**",))) is pipe
     rows = {row.name: row.sparse for row in rtlynx.summary(pipe)}
     assert [name for name, sparse in rows.items() if sparse] == [
-        f"{p}0.{n}" for p in ("", "transformer_2.") for n in ("to_q", "to_k", "ff", "out")
+        f"{p}0.{n}" for p in ("", f"{name}.") for n in ("to_q", "to_k", "ff", "out")
     ]
     assert len(rows) == 16
     rtlynx.remove(pipe)
-    assert not any(isinstance(m, SparseLinear) for m in (*pipe.transformer.modules(), *pipe.transformer_2.modules()))
+    assert not any(isinstance(m, SparseLinear) for m in (*pipe.transformer.modules(), *getattr(pipe, name).modules()))
     # one that has nothing to offer is not passed over in silence, and an error only where no other has
-    pipe.transformer_2 = nn.Conv2d(3, 3, 3)
+    setattr(pipe, name, nn.Conv2d(3, 3, 3))
     with caplog.at_level(logging.WARNING, "rtlynx"):
         rtlynx.apply(pipe, EVERYTHING)
     assert "Conv2d has no layer that the configuration names" in caplog.text
     for shared in (pipe.transformer, torch.compile(pipe.transformer, backend="eager"), None):
-        pipe.transformer_2 = shared
+        setattr(pipe, name, shared)
         assert len(rtlynx.summary(pipe)) == 8
 
 

@@ -31,6 +31,10 @@ names = st.lists(components, min_size=1, max_size=6).map(".".join)
         ("**.to_q", "a.into_q", False),
         ("a.**.b", "a.b", True),
         ("a.**.b", "a.x.y.b", True),
+        ("**.#.**.to_q", "blocks.12.attn.to_q", True),  # # is a number
+        ("**.#.**.to_q", "0.to_q", True),
+        ("**.#.**.to_q", "blocks.x1.attn.to_q", False),
+        ("a#.b", "a1.b", False),  # only as a whole component
         ("time.**", "time.mlp.0", True),
         ("time.**", "timeless.mlp.0", False),
         ("attn.{to_q,to_out.0}", "attn.to_out.0", True),

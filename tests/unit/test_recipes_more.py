@@ -17,6 +17,8 @@ from rtlynx import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import GENERIC, find_recipe
 from rtlynx.reference import K_MULTIPLE, N_MULTIPLE
+from rtlynx.sharing import InputGroup
+from tiny_families import FAMILIES, WITHOUT_RECIPE
 from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
 
 
@@ -49,11 +51,12 @@ def test_generic_patterns_find_what_the_recipes_find() -> None:
         assert not missing, case.cls
 
 
-neighbours = pytest.mark.parametrize("tiny", NEIGHBOURS.values(), ids=NEIGHBOURS.keys())
-everyone = pytest.mark.parametrize("tiny", (TINY | NEIGHBOURS).values(), ids=(TINY | NEIGHBOURS).keys())
+OTHERS = NEIGHBOURS | FAMILIES | WITHOUT_RECIPE
+EVERYONE = TINY | NEIGHBOURS | FAMILIES
 
 
-@neighbours
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # of Kandinsky 5's norms
+@pytest.mark.parametrize("tiny", OTHERS.values(), ids=OTHERS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(tiny: Tiny, dtype: torch.dtype) -> None:
     model, inputs = tiny.build("cpu", dtype), tiny.inputs("cpu", dtype)
@@ -105,24 +108,25 @@ def test_fused_projections_are_served_when_fused_first(name: str, fused: set[str
     assert 1e-3 < relative_error(output(model, inputs), want) < 0.5
 
 
-@everyone
+@pytest.mark.parametrize("tiny", EVERYONE.values(), ids=EVERYONE.keys())
 def test_the_layers_said_to_share_their_input_are_those_that_do(tiny: Tiny) -> None:
     """One and the same tensor, not an equal copy: watched while the model runs."""
     model, inputs = rtlynx.apply(tiny.build("cpu", torch.float32)), tiny.inputs("cpu", torch.float32)
-    groups: dict[tuple[str, int, torch.Size], set[str]] = {}
-    present: dict[str, set[str]] = {}
+    sparse = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLinear)}
+    read: dict[tuple[str, int, torch.Size], set[str]] = {}
     seen = _inputs(model, inputs)  # holds the tensors: a freed one's address would come again
-    for name, x in seen.items():
-        if not isinstance(model.get_submodule(name), SparseLinear):
-            continue
-        match = re.fullmatch(r"(.*?\.\d+)\.(.*)", name)
-        assert match is not None, f"{name} is not in a block"
-        block, layer = match.groups()
-        groups.setdefault((block, x.data_ptr(), x.shape), set()).add(layer)
-        present.setdefault(block, set()).add(layer)
-    watched = {(block, frozenset(group)) for (block, _, _), group in groups.items() if len(group) > 1}
-    said = {(block, frozenset(group) & names) for block, names in present.items() for group in find_recipe(model).shared_inputs}
-    assert watched == {(block, group) for block, group in said if len(group) > 1}
+    for name in sparse:
+        block = re.match(r".*?\.\d+\.", name)
+        assert block is not None, f"{name} is not in a block"
+        read.setdefault((block[0], seen[name].data_ptr(), seen[name].shape), set()).add(name)
+    said: dict[InputGroup | None, set[str]] = {}
+    for name, layer in sparse.items():
+        said.setdefault(layer.input_group, set()).add(name)
+    alone = said.pop(None, set())
+    assert sorted(map(sorted, said.values())) == sorted(sorted(names) for names in read.values() if len(names) > 1)
+    assert alone.isdisjoint(set().union(*said.values()))
+    for member in {member for group in find_recipe(model).shared_inputs for member in group}:
+        assert any(name.endswith(f".{member}") for name in sparse), f"{member} names no sparse layer"
 
 
 def _inputs(model: nn.Module, inputs: dict[str, object]) -> dict[str, Tensor]:

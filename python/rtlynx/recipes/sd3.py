@@ -15,14 +15,14 @@ _TWO_ATTENTIONS = Modulation(
 
 SD3 = Recipe(
     name="sd3",
-    classes=("SD3Transformer2DModel",),
+    classes=("SD3Transformer2DModel", "SD3ControlNetModel"),
     include=(
         "transformer_blocks.*.{attn,attn2}.{to_q,to_k,to_v,to_qkv,to_out.0}",
         "transformer_blocks.*.attn.{add_q_proj,add_k_proj,add_v_proj,to_added_qkv,to_add_out}",
         "transformer_blocks.*.{ff,ff_context}.net.{0.proj,2}",
     ),
     per_sample=("transformer_blocks.*.{norm1,norm1_context}.linear", "norm_out.linear", "time_text_embed.**"),
-    ends=("context_embedder", "proj_out"),
+    ends=("context_embedder", "proj_out", "controlnet_blocks.*"),
     shared_inputs=(
         ("attn.to_q", "attn.to_k", "attn.to_v"),
         ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
