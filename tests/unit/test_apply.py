@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import rtlynx
 from rtlynx import DeviceError, InvalidArgumentError, SparseLinear, SparsityConfig, eligibility, launch
 from rtlynx.checks import SUPPORTED_DTYPES
+from tiny_models import TINY
 
 
 class Block(nn.Module):
@@ -223,6 +224,13 @@ def test_a_compiled_wrapper_is_looked_through() -> None:
     compiled = torch.compile(module, backend="eager")
     assert rtlynx.apply(compiled, SparsityConfig(include=("0.to_q",))) is compiled
     assert isinstance(module[0].to_q, SparseLinear)
+
+
+def test_a_block_by_itself() -> None:
+    block = TINY["flux"].build("cpu", torch.float32).transformer_blocks[0]  # type: ignore[index, union-attr]
+    layers = {row.name: row.sparse for row in rtlynx.summary(rtlynx.apply(block))}
+    assert [name for name, sparse in layers.items() if not sparse] == ["norm1.linear", "norm1_context.linear"]
+    assert sum(layers.values()) == 8 + 2 * 2
 
 
 @pytest.mark.parametrize("name", ["transformer_2", "unconditional_transformer"])
