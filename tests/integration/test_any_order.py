@@ -23,7 +23,7 @@ import rtlynx
 from rtlynx import Compensation, SparseLinear, SparsityConfig
 from rtlynx.eligibility import canonical, linear_layers, sparse_layers
 from sparse_models import MODELS
-from tiny_models import output
+from tiny_models import output, relative_error
 
 CONFIGS = st.builds(
     SparsityConfig,
@@ -185,6 +185,37 @@ class AnyOrder(RuleBasedStateMachine):
         rtlynx.apply(other, self.model.__dict__["rtlynx_config"])
         other.load_state_dict(copy.deepcopy(self.model.state_dict()))
         assert torch.equal(output(other, self.inputs), output(self.model, self.inputs))
+
+    @precondition(lambda self: sparse_layers(self.model) and not self.adapters)
+    @rule()
+    def compact_copy(self) -> None:
+        other, before = copy.deepcopy(self.model), output(self.model, self.inputs)
+        try:
+            rtlynx.compact(other)
+        except rtlynx.InvalidArgumentError:
+            assert torch.equal(output(other, self.inputs), before)
+            return
+        config, compacted = other.__dict__["rtlynx_config"], output(other, self.inputs)
+        if config.multiplies_densely:  # by the weight in e4m3 then
+            assert relative_error(compacted, before) < 0.1
+        else:
+            torch.testing.assert_close(compacted, before)
+        for again in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+            assert torch.equal(output(again, self.inputs), compacted)
+        if not any("to_qkv" in name for name, _ in linear_layers(other)):
+            again = rtlynx.apply(self.new(), config)
+            again.load_state_dict(copy.deepcopy(other.state_dict()))
+            assert torch.equal(output(again, self.inputs), compacted)
+
+    @precondition(lambda self: sparse_layers(self.model))
+    @rule()
+    def half_precision_copy(self) -> None:
+        other = nn.Module.to(copy.deepcopy(self.model), torch.bfloat16)
+        inputs = MODELS[self.family].inputs("cpu", torch.bfloat16)
+        half = output(other, inputs)
+        assert half.isfinite().all()
+        assert relative_error(output(rtlynx.refresh(other), inputs), half) < 0.02
+        assert relative_error(half, output(self.model, self.inputs)) < 0.2
 
     # ---- what always holds ---------------------------------------------------------------------------------------------------------------
 
