@@ -44,9 +44,7 @@ def install_dense_steps(root: nn.Module, config: SparsityConfig | None) -> None:
     root.__dict__.pop(_NOW, None)
     if config is not None and (config.dense_first or config.dense_last):
         check_clock(root, config)
-        if find_recipe(root) is GENERIC:
-            message = "dense steps: no recipe says how %s is told the time; its timestep is taken to go from %g (noise) to %g (picture)"
-            logger.warning(message, type(root).__name__, GENERIC.clock.noise, GENERIC.clock.picture)
+        warn_of_a_guess(root, "dense steps")
         hook = functools.partial(_before_step, first=config.dense_first, last=config.dense_last)
         root.__dict__[_HOOK] = root.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -76,6 +74,13 @@ def check_time(root: nn.Module, wanted: str, op: str = "apply", argument: str = 
     time = find_recipe(root).clock.argument
     if time not in inspect.signature(root.forward).parameters:
         raise InvalidArgumentError(op, argument, f"{wanted} for {type(root).__name__}", f"a model whose forward takes {time!r}")
+
+
+def warn_of_a_guess(root: nn.Module, what: str) -> None:
+    """Log a warning where no recipe says how ``root`` is told the time, which ``what`` depends on."""
+    if find_recipe(root) is GENERIC:
+        message = "%s: no recipe says how %s is told the time; its timestep is taken to go from %g (noise) to %g (picture)"
+        logger.warning(message, what, type(root).__name__, GENERIC.clock.noise, GENERIC.clock.picture)
 
 
 def is_dense(noise_level: float, first: float, last: float) -> bool:

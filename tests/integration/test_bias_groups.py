@@ -87,11 +87,12 @@ def test_what_depends_on_the_timestep_alone_is_restored_exactly(method: str, sel
         assert min(errors[1]) > 1e-3, errors
 
 
-def test_a_group_without_calibration_steps_takes_the_nearest_ones_bias() -> None:
+def test_a_group_without_calibration_steps_takes_the_nearest_ones_bias(caplog: pytest.LogCaptureFixture) -> None:
     model = rtlynx.apply(Timed(), SparsityConfig(include=("layer",), rank=16))
     rtlynx.calibrate(
         model, run=lambda: [call(model, level, constant(i).repeat(99, 1)) for i, level in enumerate((0.9, 0.1))], bias=4, progress=False
     )
+    assert "calibrate: groups of timesteps: no recipe says how Timed is told the time" in caplog.text
     first, second, third, last = model.layer.comp_bias  # type: ignore[misc]
     assert torch.equal(first, second) and torch.equal(third, last) and not torch.equal(first, last)
 

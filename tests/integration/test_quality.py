@@ -41,7 +41,7 @@ from rtlynx.eligibility import sparse_layers
 from rtlynx.evaluate import write_report
 from rtlynx.evaluate.bootstrap import interval, mean_interval
 from rtlynx.evaluate.likeness import psnr_db
-from rtlynx.evaluate.trajectory import Trajectory, VelocityErrors
+from rtlynx.evaluate.trajectory import Trajectory
 from rtlynx.recipe_file import read_recipe
 from tiny_pipeline import PROMPTS, tiny_pipeline
 
@@ -442,13 +442,20 @@ def test_a_trajectory_finds_a_model_that_says_a_tenth_more() -> None:
 
 
 def test_errors_of_rows_with_guidance_are_those_of_their_prompts() -> None:
-    """Runs of two prompts and of one, with two pictures a prompt and guidance: without prompts first, then with."""
-    rows = [1, 2, 3, 4, 10, 20, 30, 40, 5, 6, 50, 60]
-    squared = torch.tensor([rows, [0] * 12], dtype=torch.float64)
-    errors = VelocityErrors([0, 4], squared, torch.ones(2, 12, dtype=torch.float64)).of_prompts([2, 1], pictures=2)
-    assert errors.squared.tolist() == [[1 + 2 + 10 + 20, 3 + 4 + 30 + 40, 5 + 6 + 50 + 60], [0, 0, 0]]
-    assert errors.size.tolist() == [[4] * 3] * 2 and errors.steps == [0, 4]
-    assert errors.relative(torch.tensor([1, 1])) == pytest.approx((77 * 2 / 16) ** 0.5)
+    """Runs of two prompts and of one, two pictures a prompt, guidance in the first of two steps: without prompts first, then with."""
+    rows = [[1, 2, 3, 4, 10, 20, 30, 40], [1, 1, 1, 1], [5, 6, 50, 60], [1, 1]]
+    trajectory = Trajectory(
+        [(step, {"of": torch.tensor(of)}, torch.zeros(len(of), 1)) for step, of in zip((0, 4, 0, 4), rows, strict=True)]
+    )
+
+    class Model(nn.Module):
+        def forward(self, of: Tensor) -> Tensor:
+            return of.sqrt().unsqueeze(1)
+
+    errors = trajectory.errors(Model(), batches=[2, 1], pictures=2)
+    want = [[1 + 2 + 10 + 20, 3 + 4 + 30 + 40, 5 + 6 + 50 + 60], [2, 2, 2]]
+    torch.testing.assert_close(errors.squared, torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=0)
+    assert errors.steps == [0, 4] and not errors.size.any()
 
 
 def test_intervals_cover_the_mean_and_are_paired() -> None:

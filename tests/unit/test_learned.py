@@ -167,7 +167,7 @@ def test_frames_of_one_prompt_are_drawn_together(monkeypatch: pytest.MonkeyPatch
 def test_ssim_of_videos_has_an_interval_over_prompts() -> None:
     pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
     found, reference = torch.rand(2, 4, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    comparison = _Comparison(None, torch.nn.Identity(), ("a",) * 4, [4], 1, ())
+    comparison = _Comparison(None, torch.nn.Identity(), ("a",) * 4, 1, ())
     way = comparison.way("sparse", Sampled(found, 1.0), Sampled(reference, 1.0), None)
     assert_interval(way.ssim, ssim(found.flatten(0, 1), reference.flatten(0, 1)).unflatten(0, (4, 3)).mean(1))
 

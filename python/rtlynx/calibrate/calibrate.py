@@ -24,7 +24,7 @@ from rtlynx.calibrate.workfolder import WorkFolder
 from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
-from rtlynx.dense_steps import check_time
+from rtlynx.dense_steps import check_time, warn_of_a_guess
 from rtlynx.eligibility import all_sparse_layers
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fingerprint import fingerprint
@@ -110,6 +110,7 @@ def calibrate(
     if fit.bias > 1:
         for root in modules.values():
             check_time(root, f"{bias} groups of timesteps", "calibrate", "bias")
+            warn_of_a_guess(root, "calibrate: groups of timesteps")
     if not tokens_per_channel > 0:
         raise InvalidArgumentError("calibrate", "tokens_per_channel", tokens_per_channel, "a positive number")
     # Offloaded weights are on the CPU now, but the model runs, and its layers are solved, where the pipeline says.

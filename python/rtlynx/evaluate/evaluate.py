@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ def evaluate(
     if unknown:
         raise InvalidArgumentError("evaluate", "metrics", ", ".join(unknown), f"some of {', '.join(LEARNED)}")
     batches = [len(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
-    comparison = _Comparison(pipe, model, tuple(prompts), batches, steps, tuple(metrics))
+    comparison = _Comparison(pipe, model, tuple(prompts), steps, tuple(metrics))
     with (
         quiet(pipe),
         tqdm(total=len(batches) * (2 + noise_floor + (fewer_steps != 0)), desc="evaluate", unit="run", disable=not progress) as bar,
@@ -130,20 +131,21 @@ def evaluate(
         every = max(1, steps // _PROBED)
         with dense(model), comparison.trajectory.recording(model, lambda call: call % every == 0):
             baseline = run(steps)
+        errors = functools.partial(comparison.trajectory.errors, batches=batches, pictures=len(baseline.pictures) // len(prompts))
         ways = [Way("dense", baseline.pictures, baseline.seconds)]
         sparse = run(steps)
-        ways.append(comparison.way("sparse", sparse, baseline, comparison.trajectory.errors(model)))
+        ways.append(comparison.way("sparse", sparse, baseline, errors(model)))
         if noise_floor:
             with dense(model), _other_precision(pipe, model) as other:
                 name = str(next(other.parameters()).dtype).removeprefix("torch.")
-                ways.append(comparison.way(f"dense in {name}", run(steps), baseline, comparison.trajectory.errors(other, _caster(other))))
+                ways.append(comparison.way(f"dense in {name}", run(steps), baseline, errors(other, _caster(other))))
         if fewer_steps is None:
             fewer_steps = round(steps * sparse.seconds / baseline.seconds)
         if 0 < fewer_steps < steps:
             with dense(model):
                 ways.append(comparison.way(f"dense, {fewer_steps} of {steps} steps", run(fewer_steps), baseline, None))
-        errors = layer_errors(pipe, model, prompts[: max(1, min(8, len(prompts)))], steps=min(steps, 4), seed=seed, **pipe_kwargs)
-    return Evaluation(tuple(prompts), steps, tuple(ways), errors)
+        by_layer = layer_errors(pipe, model, prompts[: max(1, min(8, len(prompts)))], steps=min(steps, 4), seed=seed, **pipe_kwargs)
+    return Evaluation(tuple(prompts), steps, tuple(ways), by_layer)
 
 
 @dataclass
@@ -151,7 +153,6 @@ class _Comparison:
     pipe: Any
     model: nn.Module
     prompts: tuple[str, ...]
-    batches: Sequence[int]
     steps: int
     metrics: tuple[str, ...]
     trajectory: Trajectory = field(default_factory=Trajectory)
@@ -163,7 +164,7 @@ class _Comparison:
             name,
             found,
             sampled.seconds,
-            None if errors is None else interval(errors.of_prompts(self.batches, len(found) // prompts).relative, prompts),
+            None if errors is None else interval(errors.relative, prompts),
             {} if errors is None else dict(zip(errors.steps, errors.by_step(), strict=True)),
             mean_interval_over_prompts(psnr_db(found, reference), prompts),
             mean_interval_over_prompts(ssim(frames, other), prompts),

@@ -78,19 +78,31 @@ class Trajectory:
         return sorted({step for step, _, _ in self.calls})
 
     @torch.no_grad()
-    def errors(self, model: nn.Module, adapt: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None) -> VelocityErrors:
+    def errors(
+        self,
+        model: nn.Module,
+        adapt: Callable[[int, dict[str, Any]], dict[str, Any]] | None = None,
+        batches: Sequence[int] | None = None,
+        pictures: int = 1,
+    ) -> VelocityErrors:
         """How far ``model`` is from the recorded answers.
 
         Args:
             model: With the interface of the recorded one.
             adapt: Makes its keyword arguments from a step and the recorded ones, e.g. for a model of another dtype.
+            batches: Prompts of every run, which the samples then are: a call with guidance has rows of its batch several times over, one
+                copy after the other, and not every call need have. None: rows are the samples, as many in every call of a run.
+            pictures: Of a prompt, next to each other.
         """
         squared: dict[int, list[Tensor]] = {}
         size: dict[int, list[Tensor]] = {}
+        run, last = -1, -1
         for step, inputs, dense in self.calls:
+            run, last = run + (step <= last or run < 0), step
             answer = prediction(model(**(inputs if adapt is None else adapt(step, inputs)))).double()
-            squared.setdefault(step, []).append((answer - dense).square().flatten(1).sum(1).cpu())
-            size.setdefault(step, []).append(dense.double().square().flatten(1).sum(1).cpu())
+            for found, values in ((squared, answer - dense), (size, dense.double())):
+                rows = values.square().flatten(1).sum(1).cpu()
+                found.setdefault(step, []).append(rows if batches is None else rows.unflatten(0, (-1, batches[run], pictures)).sum((0, 2)))
         return VelocityErrors(self.steps, *(torch.stack([torch.cat(parts[step]) for step in self.steps]) for parts in (squared, size)))
 
 
@@ -112,21 +124,6 @@ class VelocityErrors:
         """``‖v - v_dense‖ / ‖v_dense‖`` over all steps and samples, or over some (with repeats) of them."""
         squared, size = (t if samples is None else t[:, samples] for t in (self.squared, self.size))
         return float((squared.sum() / size.sum()).sqrt())
-
-    def of_prompts(self, batches: Sequence[int], pictures: int = 1) -> VelocityErrors:
-        """With prompts as the samples: a call with guidance has rows of its batch several times over, one copy after the other.
-
-        Args:
-            batches: Prompts of every run.
-            pictures: Of a prompt, next to each other.
-        """
-        copies = self.squared.shape[1] // (sum(batches) * pictures)
-
-        def summed(rows: Tensor) -> Tensor:
-            runs = rows.split([copies * prompts * pictures for prompts in batches], 1)
-            return torch.cat([run.unflatten(1, (copies, -1, pictures)).sum((1, 3)) for run in runs], 1)
-
-        return VelocityErrors(self.steps, summed(self.squared), summed(self.size))
 
     def by_step(self) -> list[float]:
         """The same for every step."""
