@@ -118,7 +118,12 @@ def test_every_model_has_a_small_one() -> None:
 @pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")  # diffusers' own, in Chroma
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_of_every_model(name: str) -> None:
-    rows, notes = measure_step(small(name), CPU, rank=16, repeats=2, compiled=False, modes=("naive", "compensated"))
+    seen: list[int] = []
+    modes = ("naive", "compensated")
+    rows, notes = measure_step(
+        small(name), CPU, rank=16, repeats=2, compiled=False, modes=modes, after_row=lambda rows, notes: seen.append(len(rows))
+    )
+    assert seen == [1, 2, 3]
     assert [(row.mode, row.compiled) for row in rows] == [("dense", False), ("naive", False), ("rank 16", False)]
     for row in rows:
         assert (row.model, row.height, row.width) == (name, 64, 64)

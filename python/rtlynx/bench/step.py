@@ -175,6 +175,7 @@ def measure_step(
     compiled: bool = True,
     modes: tuple[str, ...] = USUAL_MODES,
     compile_options: Mapping[str, Any] | None = None,
+    after_row: Callable[[list[StepTimes], list[str]], None] = lambda rows, notes: None,
 ) -> tuple[list[StepTimes], list[str]]:
     """Time one step of ``model`` in every mode.
 
@@ -190,6 +191,7 @@ def measure_step(
         compiled: Whether to time compiled modes.
         modes: Which of `MODES`, or one of them `WITHOUT` one kind of fused blocks; "dense" is always measured.
         compile_options: For ``compile_repeated_blocks``, beside ``fullgraph=True``.
+        after_row: Called after each row with all until then, and the notes: profiles take longer than the timed steps.
 
     Returns:
         The rows, and notes for the file's header: how long `rtlynx.apply` took, and why a mode is missing.
@@ -247,6 +249,7 @@ def measure_step(
                 speedup=times["dense", use_compiler] / step_ms,
             )
         )
+        after_row(rows, notes)
     return rows, notes
 
 

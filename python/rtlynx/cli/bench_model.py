@@ -43,7 +43,7 @@ def model(
 
     from rtlynx.bench.machine import describe, gpu_slug
     from rtlynx.bench.models import MODELS
-    from rtlynx.bench.step import MODES, USUAL_MODES, WITHOUT, measure_step
+    from rtlynx.bench.step import MODES, USUAL_MODES, WITHOUT, StepTimes, measure_step
     from rtlynx.bench.step_results import save_picture, write_steps
     from rtlynx.report.table import Column, terminal_table
 
@@ -59,8 +59,20 @@ def model(
     chosen = MODELS[name]
     size = (height or chosen.size[0], width or chosen.size[1])
     device = torch.device("cuda", torch.cuda.current_device())
+    path = None if out is None else out / gpu_slug() / "model.csv"
+    given = {"--no-eager": not eager, "--no-compile": not compiled}
+    options = [option for option, there in given.items() if there] + [f"--mode {shlex.quote(mode)}" for mode in modes or ()]
+    of_size = f"--height {size[0]} --width {size[1]} --rank {rank} --repeats {repeats}"
+    command = " ".join((f"rtlynx bench model --model {name} --random-weights {of_size}", *options))
+    machine = describe(command, commit, "medians of whole steps, modes in turns, random weights and inputs")
+
+    def save(rows: list[StepTimes], notes: list[str]) -> None:
+        if path is not None:
+            write_steps(path, [*machine, *notes], rows)
+
+    chosen_modes = tuple(modes or USUAL_MODES)
     rows, notes = measure_step(
-        chosen, device, size=size, rank=rank, repeats=repeats, eager=eager, compiled=compiled, modes=tuple(modes or USUAL_MODES)
+        chosen, device, size=size, rank=rank, repeats=repeats, eager=eager, compiled=compiled, modes=chosen_modes, after_row=save
     )
     columns = [
         Column("mode", "mode"),
@@ -74,15 +86,8 @@ def model(
     console.print(f"{chosen.name}, {size[0]} x {size[1]}, random weights")
     console.print(terminal_table(columns, [asdict(row) for row in rows]))
     console.print("\n".join(notes))
-    if out is None:
+    if path is None:
         return
-    path = out / gpu_slug() / "model.csv"
-    given = {"--no-eager": not eager, "--no-compile": not compiled}
-    options = [option for option, there in given.items() if there] + [f"--mode {shlex.quote(mode)}" for mode in modes or ()]
-    of_size = f"--height {size[0]} --width {size[1]} --rank {rank} --repeats {repeats}"
-    command = " ".join((f"rtlynx bench model --model {name} --random-weights {of_size}", *options))
-    machine = describe(command, commit, "medians of whole steps, modes in turns, random weights and inputs")
-    write_steps(path, [*machine, *notes], rows)
     console.print(f"wrote {path}")
     try:
         console.print(f"wrote {save_picture(path)}")
