@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 from diffusers.models import embeddings
 from diffusers.models.transformers import transformer_chroma, transformer_flux
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import rtlynx
 from fused_models import ALL, F32, as_diffusers_has_it, layers, sparse
@@ -327,24 +324,6 @@ def test_a_new_name_in_diffusers_trips_the_guard(change: str, monkeypatch: pytes
     assert f"{cls.__name__} stays as it is: its forward uses norm_of_another_kind" in caplog.text
 
 
-def test_compiled_blocks_are_as_before(rotations: list[int]) -> None:
-    model, inputs = sparse("flux")
-    want = output(model, inputs)
-    rotations.clear()
-    torch._dynamo.reset()
-    counters.clear()
-    targets: set[Any] = set()
-
-    def keep(graph: torch.fx.GraphModule, _: object) -> Any:
-        targets.update(node.target for node in graph.graph.nodes)
-        return graph
-
-    model.compile_repeated_blocks(fullgraph=True, backend=keep)
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
-    assert not rotations and not counters["graph_break"]
-    assert torch.stack in targets and torch.addcmul not in targets
-
-
 # ---- what users do with the model --------------------------------------------------------------------------------------------------------
 
 
@@ -358,24 +337,6 @@ def test_hooks_run(rotations: list[int]) -> None:
         block.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     assert relative_error(output(model, inputs), want) < 1e-5  # the hook keeps norm2_context from being merged with its modulation
     assert sorted(calls) == sorted(names)
-
-
-def test_adapters(rotations: list[int]) -> None:
-    model, inputs = sparse("flux")
-    before = output(model, inputs)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's own
-        targets = ["to_q", "to_k", "to_v", "add_q_proj", "to_out.0", "to_add_out", "norm1.linear", "net.2"]
-        model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), adapter_name="style")
-    given = {**inputs, "joint_attention_kwargs": {"scale": 0.5}}
-    rotations.clear()
-    got = output(model, given)
-    assert len(rotations) == 2 * BLOCKS and relative_error(got, before) > 1e-3
-    assert relative_error(got, as_diffusers_has_it(model, lambda: output(model, given))) < 1e-5
-    model.delete_adapters("style")
-    model.unload_lora()
-    assert torch.equal(output(model, inputs), before)
 
 
 def test_controlnet_residuals(rotations: list[int]) -> None:

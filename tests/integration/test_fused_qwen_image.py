@@ -5,20 +5,16 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models import attention_processor
 from diffusers.models.transformers import transformer_qwenimage
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import rtlynx
 from fused_models import ALL, F32, as_diffusers_has_it, layers, sparse, unfused
@@ -294,24 +290,6 @@ def test_a_new_name_in_diffusers_trips_the_guard(change: int, monkeypatch: pytes
     assert "QwenImageTransformerBlock stays as it is: its forward uses norm_of_another_kind" in caplog.text
 
 
-def test_compiled_blocks_are_as_before(rotations: list[int]) -> None:
-    model, inputs = sparse("qwen_image")
-    want = output(model, inputs)
-    rotations.clear()
-    torch._dynamo.reset()
-    counters.clear()
-    targets: set[Any] = set()
-
-    def keep(graph: torch.fx.GraphModule, _: object) -> Any:
-        targets.update(node.target for node in graph.graph.nodes)
-        return graph
-
-    model.compile_repeated_blocks(fullgraph=True, backend=keep)
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
-    assert not rotations and not counters["graph_break"]
-    assert torch.view_as_complex in targets and torch.addcmul not in targets
-
-
 # ---- what users do with the model --------------------------------------------------------------------------------------------------------
 
 
@@ -331,43 +309,6 @@ def test_hooks_run(rotations: list[int]) -> None:
     rotations.clear()
     assert relative_error(output(model, inputs), want) < 1e-5
     assert "attn" in calls and len(rotations) == 2 * (BLOCKS - 1)  # of a whole that has a hook nothing is written here
-
-
-def test_layers_that_are_offloaded_one_by_one(rotations: list[int]) -> None:
-    model, inputs = sparse("qwen_image")
-    want = output(model, inputs)
-    for module in model.modules():
-        if not list(module.children()):
-            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
-    rotations.clear()
-    assert relative_error(output(model, inputs), want) < 1e-5 and len(rotations) == 2 * BLOCKS
-
-
-def test_a_hook_on_a_block_may_outlive_the_fusion(rotations: list[int]) -> None:
-    model, inputs = QWEN.build("cpu", F32), QWEN.inputs("cpu", F32)
-    want = output(model, inputs)
-    rtlynx.apply(model)
-    accelerate.hooks.add_hook_to_module(model.transformer_blocks[0], accelerate.hooks.ModelHook())
-    rtlynx.remove(model)
-    assert relative_error(output(model, inputs), want) < 1e-5
-
-
-def test_adapters(rotations: list[int]) -> None:
-    model, inputs = sparse("qwen_image")
-    before = output(model, inputs)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's own
-        targets = ["to_q", "to_k", "to_v", "add_q_proj", "to_out.0", "to_add_out", "img_mod.1", "net.2"]
-        model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), adapter_name="style")
-    styled = {**inputs, "attention_kwargs": {"scale": 0.5}}
-    rotations.clear()
-    got = output(model, styled)
-    assert len(rotations) == 2 * BLOCKS and relative_error(got, before) > 1e-3
-    assert relative_error(got, as_diffusers_has_it(model, lambda: output(model, styled))) < 1e-5
-    model.delete_adapters("style")
-    model.unload_lora()
-    assert torch.equal(output(model, inputs), before)
 
 
 def test_controlnet_residuals(rotations: list[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from diffusers.models.transformers import transformer_wan
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import rtlynx
 from fused_models import ALL, F32, as_diffusers_has_it, layers, sparse, unfused
@@ -311,24 +308,6 @@ def test_attention_that_is_diffusers_own_in_a_fused_block(rotations: list[int]) 
     assert relative_error(output(model, inputs), want) < 1e-5 and not rotations
 
 
-def test_compiled_blocks_are_as_before(rotations: list[int]) -> None:
-    model, inputs = sparse("wan")
-    want = output(model, inputs)
-    rotations.clear()
-    torch._dynamo.reset()
-    counters.clear()
-    targets: set[Any] = set()
-
-    def keep(graph: torch.fx.GraphModule, _: object) -> Any:
-        targets.update(node.target for node in graph.graph.nodes)
-        return graph
-
-    model.compile_repeated_blocks(fullgraph=True, backend=keep)
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-4, atol=1e-4)
-    assert not rotations and not counters["graph_break"]
-    assert torch.empty_like in targets and torch.addcmul not in targets
-
-
 # ---- what users do with the model --------------------------------------------------------------------------------------------------------
 
 
@@ -348,44 +327,6 @@ def test_hooks_run(rotations: list[int]) -> None:
         block.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
     assert relative_error(output(model, inputs), want) < 1e-5
     assert {"attn1", "attn2"} < set(calls)
-
-
-def test_layers_that_are_offloaded_one_by_one(rotations: list[int]) -> None:
-    model, inputs = sparse("wan")
-    want = output(model, inputs)
-    for module in model.modules():
-        if not list(module.children()):
-            accelerate.hooks.add_hook_to_module(module, accelerate.hooks.ModelHook())
-    rotations.clear()
-    assert relative_error(output(model, inputs), want) < 1e-5 and len(rotations) == 2 * BLOCKS
-
-
-@pytest.mark.parametrize("where", ["", "attn1"])
-def test_a_hook_may_outlive_the_fusion(where: str, rotations: list[int]) -> None:
-    model, inputs = WAN.build("cpu", F32), WAN.inputs("cpu", F32)
-    want = output(model, inputs)
-    rtlynx.apply(model)
-    accelerate.hooks.add_hook_to_module(model.blocks[0].get_submodule(where), accelerate.hooks.ModelHook())
-    rtlynx.remove(model)
-    assert relative_error(output(model, inputs), want) < 1e-5
-
-
-def test_adapters(rotations: list[int]) -> None:
-    model, inputs = sparse("wan")
-    before = output(model, inputs)
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's own
-        targets = ["to_q", "to_k", "to_v", "add_k_proj", "to_out.0", "net.0.proj", "net.2"]
-        model.add_adapter(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), adapter_name="style")
-    styled = {**inputs, "attention_kwargs": {"scale": 0.5}}
-    rotations.clear()
-    got = output(model, styled)
-    assert len(rotations) == 2 * BLOCKS and relative_error(got, before) > 1e-3
-    assert relative_error(got, as_diffusers_has_it(model, lambda: output(model, styled))) < 1e-5
-    model.delete_adapters("style")
-    model.unload_lora()
-    assert torch.equal(output(model, inputs), before)
 
 
 def test_fused_projections(rotations: list[int]) -> None:
