@@ -40,20 +40,6 @@ def modulated(name: str, config: SparsityConfig) -> tuple[nn.Module, dict[str, T
     return rtlynx.apply(model, config), inputs, dense
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """What was selected from, call by call."""
-    seen: list[Tensor] = []
-    sparsify = rtlynx.ops.sparsify
-
-    def recorded(x: Tensor, *args: object, **options: object) -> object:
-        seen.append(x)
-        return sparsify(x, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(rtlynx.ops, "sparsify", recorded)
-    return seen
-
-
 @pytest.mark.parametrize("name", sorted(FED))
 @pytest.mark.parametrize("fuse", [True, False])
 def test_the_dense_function_stays_and_the_selection_does_not(name: str, fuse: bool) -> None:
@@ -75,20 +61,20 @@ def test_the_dense_function_stays_and_the_selection_does_not(name: str, fuse: bo
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_is_selected_from_has_no_shift_and_is_shared(calls: list[Tensor]) -> None:
+def test_what_is_selected_from_has_no_shift_and_is_shared(selections: list[Tensor]) -> None:
     model, inputs, _ = modulated("flux", PLAIN)
     output(model, inputs)
-    before, calls[:] = list(calls), []
+    before, selections[:] = list(selections), []
     rtlynx.apply(model, SHIFTED)
     output(model, inputs)
-    assert len(calls) == len(before)
+    assert len(selections) == len(before)
     block = model.transformer_blocks[0]
     seen: list[Tensor] = []
     block.norm1.linear.register_forward_hook(lambda m, args, y: seen.append(y.chunk(6, 1)[0]))
-    calls.clear()
+    selections.clear()
     output(model, inputs)
     shift = seen[0].repeat_interleave(len(before[0]) // len(seen[0]), 0)
-    torch.testing.assert_close(calls[0], before[0] - shift)  # q, k and v of the image, which are the first
+    torch.testing.assert_close(selections[0], before[0] - shift)  # q, k and v of the image, which are the first
 
 
 def test_a_layer_alone_is_not_shifted() -> None:
@@ -103,7 +89,7 @@ def test_a_layer_alone_is_not_shifted() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(FED))
-def test_a_layer_alone_may_be_told_of_a_shift(name: str, calls: list[Tensor]) -> None:
+def test_a_layer_alone_may_be_told_of_a_shift(name: str, selections: list[Tensor]) -> None:
     model, _, _ = modulated(name, SHIFTED)
     fed, alone = adaln_layers(model), SparseLinear(128, 64, config=PLAIN)
     layers = [next(layer for key, layer in fed.items() if key.endswith(kind)) for kind in ("attn.to_q", "attn.to_k", "attn.to_v")]
@@ -111,12 +97,12 @@ def test_a_layer_alone_may_be_told_of_a_shift(name: str, calls: list[Tensor]) ->
     left = [layer(x - shift.unsqueeze(1)) for layer in layers]
     want = [y + nn.functional.linear(shift, layer.weight).unsqueeze(1) for y, layer in zip(left, layers, strict=True)]
     for _ in range(2):
-        calls.clear()
+        selections.clear()
         with shift_in_input([*layers, alone], shift):
             got = [layer(x) for layer in layers]
             assert alone(torch.randn(2, 5, 128)).shape == (2, 5, 64)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-        assert len(calls) == 2  # one for q, k and v
+        assert len(selections) == 2  # one for q, k and v
     with shift_in_input(layers, shift), all_dense(fed):
         for layer in layers:
             torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rtlynx
 from permutations import free, in_windows
-from rtlynx import SparseLinear, SparsityConfig, ops
+from rtlynx import SparseLinear, SparsityConfig
 from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
 
 ALL = {**TINY, **NEIGHBOURS}
@@ -48,21 +48,8 @@ def layers(root: nn.Module) -> list[SparseLinear]:
     return [module for module in root.modules() if isinstance(module, SparseLinear)]
 
 
-@pytest.fixture
-def selections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    count: list[None] = []
-    sparsify: Callable[..., Any] = ops.sparsify
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        count.append(None)
-        return sparsify(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "sparsify", counting)
-    return count
-
-
 @families
-def test_selections_of_a_forward(family: str, selections: list[None]) -> None:
+def test_selections_of_a_forward(family: str, selections: list[Tensor]) -> None:
     model, inputs = build(ALL[family])
     shared = output(model, inputs)
     assert len(selections) == SELECTIONS[family]
@@ -77,7 +64,7 @@ def test_selections_of_a_forward(family: str, selections: list[None]) -> None:
 @pytest.mark.parametrize("options", [{}, {"selection": "weight"}, {"precision": "fp8"}], ids=str)
 @pytest.mark.parametrize("order", [None, free, in_windows], ids=["plain", "free", "windows"])
 def test_fused_projections_stay_sparse(
-    family: str, options: dict[str, Any], order: Callable[[int], Tensor] | None, selections: list[None]
+    family: str, options: dict[str, Any], order: Callable[[int], Tensor] | None, selections: list[Tensor]
 ) -> None:
     model, inputs = build(ALL[family], SparsityConfig(rank=16, **options), order)
     want = output(model, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, ops, reference
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, reference
 from rtlynx.row_stats import row_stats
 from rtlynx.sharing import InputGroup, select_normed
 
@@ -45,22 +44,9 @@ def project(layers: list[SparseLinear], h: Tensor, *norm: Any) -> list[Tensor]:
     return [layer.multiply(select_normed(layer, h, *norm), h.dtype, h.shape[:-1]) for layer in layers]
 
 
-@pytest.fixture
-def selections(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    count: list[None] = []
-    sparsify: Callable[..., Any] = ops.sparsify
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        count.append(None)
-        return sparsify(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "sparsify", counting)
-    return count
-
-
 @pytest.mark.parametrize("shared, count", [(True, 1), (False, 3)])
 @torch.no_grad()
-def test_layers_that_agree_select_once(shared: bool, count: int, selections: list[None]) -> None:
+def test_layers_that_agree_select_once(shared: bool, count: int, selections: list[Tensor]) -> None:
     layers, (h, *norm) = group(shared), given()
     outputs = project(layers, h, *norm)
     assert len(selections) == count

@@ -18,7 +18,7 @@ from torch._inductor.utils import run_and_get_code
 
 import rtlynx
 from permutations import free, in_windows
-from rtlynx import SparseLinear, SparsityConfig, ops
+from rtlynx import SparseLinear, SparsityConfig
 from rtlynx.sharing import InputGroup
 
 K, N, RANK = 128, 64, 16
@@ -80,20 +80,6 @@ def alone(layer: SparseLinear, x: Tensor) -> Tensor:
     copied = copy.deepcopy(layer)
     copied.input_group = None
     return copied(x)
-
-
-@pytest.fixture
-def selections(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Grows by the input of every selection."""
-    inputs: list[Tensor] = []
-    sparsify: Callable[..., Any] = ops.sparsify
-
-    def counting(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        inputs.append(x)
-        return sparsify(x, *args, **kwargs)
-
-    monkeypatch.setattr(ops, "sparsify", counting)
-    return inputs
 
 
 def kept(layer: SparseLinear) -> object:
