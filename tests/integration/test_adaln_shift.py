@@ -191,6 +191,8 @@ def test_copies_and_pickles_have_hooks_of_their_own() -> None:
 def test_models_compile_without_a_break(name: str, whole: bool) -> None:
     if whole and name == "hunyuan_video_15":
         pytest.skip("diffusers' own forward asks whether there is a picture, outside of the blocks")
+    if whole and name == "hunyuan_video_framepack" and torch.__version__ < "2.9":
+        pytest.skip("diffusers' own forward slices by a tensor, outside of the blocks, which torch 2.8 does not trace")
     torch._dynamo.reset()
     model, inputs, _ = modulated(name, SHIFTED)
     want = output(model, inputs)
