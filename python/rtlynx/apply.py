@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -122,6 +123,9 @@ def remove(pipe_or_module: T) -> T:
         install_fusions(root, False)
         _replace(root, new)
         root.__dict__.pop(_CONFIG, None)
+        integration = sys.modules.get("rtlynx.integrations.diffusers")  # nobody else writes of rtlynx into a model's config
+        if integration is not None:
+            integration.forget(root)
     return pipe_or_module
 
 

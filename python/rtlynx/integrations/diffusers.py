@@ -65,7 +65,7 @@ class RTLynxConfig(QuantizationConfigMixin):
         """The configuration for `rtlynx.apply`."""
         return self._sparsity
 
-    def to_dict(self) -> dict[str, Any] | None:
+    def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` gets under ``quantization_config``."""
         return {"quant_method": self.quant_method.value, **self.sparsity.to_dict()}
 
@@ -80,7 +80,7 @@ class RTLynxConfig(QuantizationConfigMixin):
 class AppliedConfig(RTLynxConfig):
     """The entry in a loaded model's own config: what the model computes *now*, so that ``save_pretrained`` writes the truth.
 
-    `rtlynx.calibrate` may change branch and rank, `rtlynx.apply` everything; after `rtlynx.remove` there is nothing to tell (null).
+    `rtlynx.calibrate` may change branch and rank, `rtlynx.apply` everything; `rtlynx.remove` takes the entry away (`forget`).
     The model is referenced weakly: a cycle would keep its memory after the last user let go.
     """
 
@@ -93,13 +93,6 @@ class AppliedConfig(RTLynxConfig):
         model = self._model()
         return (None if model is None else applied_config(model)) or self._sparsity
 
-    def to_dict(self) -> dict[str, Any] | None:
-        model = self._model()
-        removed = model is not None and applied_config(model) is None
-        return None if removed else super().to_dict()
-
-    to_diff_dict = to_dict
-
     def __deepcopy__(self, memo: dict[int, Any]) -> RTLynxConfig:
         # Copied as part of its model it belongs to the copy; copied alone it is a snapshot.
         copied = memo.get(id(self._model()))
@@ -108,6 +101,14 @@ class AppliedConfig(RTLynxConfig):
     def __reduce__(self) -> tuple[type[RTLynxConfig], tuple[Any, ...]]:
         model = self._model()
         return (RTLynxConfig, (self.sparsity,)) if model is None else (AppliedConfig, (model, self.sparsity))
+
+
+def forget(model: nn.Module) -> None:
+    """Take such an entry out of a model's own config: null in its place, diffusers would load the model and not save it again."""
+    entries: Mapping[str, Any] = getattr(model, "_internal_dict", {})
+    if isinstance(entries.get("quantization_config"), RTLynxConfig):
+        others = {key: entry for key, entry in entries.items() if key != "quantization_config"}
+        model.__dict__["_internal_dict"] = type(entries)(others)  # type: ignore[call-arg]
 
 
 class RTLynxQuantizer(DiffusersQuantizer):
