@@ -5,6 +5,7 @@ Hypothesis draws sequences of steps and shortens one that fails.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import tempfile
@@ -20,7 +21,7 @@ from peft import LoraConfig
 from torch import nn
 
 import rtlynx
-from rtlynx import Compensation, SparseLinear, SparsityConfig
+from rtlynx import Compensation, RTLynxConfig, SparseLinear, SparsityConfig
 from rtlynx.eligibility import canonical, linear_layers, sparse_layers
 from sparse_models import MODELS
 from tiny_models import output, relative_error
@@ -251,8 +252,35 @@ class AnyOrderOfQwenImage(AnyOrder):
     family = "qwen_image"
 
 
-TestFlux, TestQwenImage = AnyOrder.TestCase, AnyOrderOfQwenImage.TestCase
-TestFlux.settings = TestQwenImage.settings = settings(
+class AnyOrderOfALoadedModel(AnyOrder):
+    """The same, of a model that diffusers made sparse while it loaded it, and saves and loads again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = self.loaded(self.model, quantization_config=RTLynxConfig(rank=16))
+
+    @staticmethod
+    def loaded(model: Any, **options: Any) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return type(model).from_pretrained(folder, **options)
+
+    @precondition(lambda self: not self.adapters and ("quantization_config" in self.model.config or not sparse_layers(self.model)))
+    @rule(compact=st.booleans())
+    def save_and_load(self, compact: bool) -> None:
+        saved = copy.deepcopy(self.model)
+        if compact and sparse_layers(saved):
+            with contextlib.suppress(rtlynx.InvalidArgumentError):  # a layer that cannot be
+                rtlynx.compact(saved)
+        again = self.loaded(saved)
+        assert str(rtlynx.summary(again)) == str(rtlynx.summary(saved))
+        assert torch.equal(output(again, self.inputs), output(saved, self.inputs))
+        if not compact:
+            self.model = again
+
+
+TestFlux, TestQwenImage, TestLoaded = AnyOrder.TestCase, AnyOrderOfQwenImage.TestCase, AnyOrderOfALoadedModel.TestCase
+TestFlux.settings = TestQwenImage.settings = TestLoaded.settings = settings(
     max_examples=8,
     stateful_step_count=8,
     deadline=None,
