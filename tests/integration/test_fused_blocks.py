@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
+from diffusers.models.transformers import transformer_flux, transformer_qwenimage, transformer_wan
 from peft import LoraConfig
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -21,6 +22,12 @@ FAMILIES = ["flux", "qwen_image", "wan"]
 BLOCKS = {"flux": 1 + 2, "qwen_image": 2, "wan": 2}
 ROTATED_BY = {"flux": torch.stack, "qwen_image": torch.view_as_complex, "wan": torch.empty_like}
 """An operation of diffusers' own rotary embedding."""
+ATTENTIONS = {
+    "flux": (transformer_flux, 1),
+    "qwen_image": (transformer_qwenimage, 1),
+    "wan": (transformer_wan, 3),  # to the video, the text and the image
+}
+"""Where a family's attention is dispatched, and how many there are in a block."""
 ADAPTED = {
     "flux": ["to_q", "to_k", "to_v", "add_q_proj", "to_out.0", "to_add_out", "norm1.linear", "net.2"],
     "qwen_image": ["to_q", "to_k", "to_v", "add_q_proj", "to_out.0", "to_add_out", "img_mod.1", "net.2"],
@@ -113,3 +120,22 @@ def test_adapters(family: str, rotations: list[int]) -> None:
     model.delete_adapters("style")
     model.unload_lora()
     assert torch.equal(output(model, inputs), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_backend_that_was_set(family: str, rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = sparse(family)
+    want, seen = output(model, inputs), []
+    module, of_block = ATTENTIONS[family]
+    dispatch = module.dispatch_attention_fn
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        seen.append(str(kwargs["backend"]))
+        return dispatch(*args, **kwargs)
+
+    monkeypatch.setattr(module, "dispatch_attention_fn", watching)
+    model.set_attention_backend("_native_math")
+    rotations.clear()
+    torch.testing.assert_close(output(model, inputs), want, rtol=1e-3, atol=1e-3)
+    blocks = BLOCKS[family]
+    assert len(rotations) == 2 * blocks and len(seen) == of_block * blocks and all("_native_math" in name.lower() for name in seen)

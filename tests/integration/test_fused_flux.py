@@ -248,22 +248,6 @@ def test_on_the_cpu_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(output(model, inputs), as_diffusers_has_it(model, lambda: output(model, inputs)))
 
 
-def test_the_attention_backend_that_was_set(rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = sparse("flux")
-    want, seen = output(model, inputs), []
-    dispatch = transformer_flux.dispatch_attention_fn
-
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        seen.append(str(kwargs["backend"]))
-        return dispatch(*args, **kwargs)
-
-    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", watching)
-    model.set_attention_backend("_native_math")
-    rotations.clear()
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-3, atol=1e-3)
-    assert len(rotations) == 2 * BLOCKS and len(seen) == BLOCKS and all("_native_math" in name.lower() for name in seen)
-
-
 def test_another_processor_is_called(rotations: list[int]) -> None:
     class Mine(transformer_flux.FluxAttnProcessor):
         calls = 0

@@ -232,22 +232,6 @@ def test_attention_without_norms(rotations: list[int]) -> None:
     assert len(rotations) == 2 and all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
 
-def test_the_attention_backend_that_was_set(rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = sparse("qwen_image")
-    want, seen = output(model, inputs), []
-    dispatch = transformer_qwenimage.dispatch_attention_fn
-
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        seen.append(str(kwargs["backend"]))
-        return dispatch(*args, **kwargs)
-
-    monkeypatch.setattr(transformer_qwenimage, "dispatch_attention_fn", watching)
-    model.set_attention_backend("_native_math")
-    rotations.clear()
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-3, atol=1e-3)
-    assert len(rotations) == 2 * BLOCKS and len(seen) == BLOCKS and all("_native_math" in name.lower() for name in seen)
-
-
 def test_another_processor_is_called(rotations: list[int]) -> None:
     class Mine(transformer_qwenimage.QwenDoubleStreamAttnProcessor2_0):
         calls = 0

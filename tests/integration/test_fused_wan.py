@@ -236,23 +236,6 @@ def test_autocast(rotations: list[int]) -> None:
     assert relative_error(got, want) < 1e-2
 
 
-def test_the_attention_backend_that_was_set(rotations: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = sparse("wan")
-    want, seen = output(model, inputs), []
-    dispatch = transformer_wan.dispatch_attention_fn
-
-    def watching(*args: Any, **kwargs: Any) -> Any:
-        seen.append(str(kwargs["backend"]))
-        return dispatch(*args, **kwargs)
-
-    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", watching)
-    model.set_attention_backend("_native_math")
-    rotations.clear()
-    torch.testing.assert_close(output(model, inputs), want, rtol=1e-3, atol=1e-3)
-    # of the video, the text and the image
-    assert len(rotations) == 2 * BLOCKS and len(seen) == 3 * BLOCKS and all("_native_math" in name.lower() for name in seen)
-
-
 def test_another_processor_is_called(rotations: list[int]) -> None:
     class Mine(transformer_wan.WanAttnProcessor):
         calls = 0
