@@ -5,12 +5,13 @@ reaches inductor as it was traced. So inductor is taught to lower equal calls of
 arguments are equal values, whatever was written to in between.
 
 A call is lowered to the op of `rtlynx.into` that writes to memory which inductor allocates: past autograd, without checks that the trace
-made, and without a tensor of each output for Python. That takes a third of the time on the host, which a model of many small layers has
-to wait for.
+made, and without a tensor of each output for Python. In the code that inductor writes it is the function behind the op, past torch's
+dispatcher as well, which takes longer than all that the function does. A model of many small layers has to wait for the host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from rtlynx import into
 from rtlynx.activations import selection_does
 
 logger = logging.getLogger("rtlynx")
@@ -158,9 +160,30 @@ def _outputs() -> tuple[Any, ...]:
 
 
 def _call(op: torch._ops.OpOverload, *arguments: Any) -> None:
+    _direct_kernel().create(op, *arguments)
+
+
+@functools.cache
+def _direct_kernel() -> Any:
+    """The class of a call that goes past the dispatcher, made when inductor is there."""
     from torch._inductor.ir import FallbackKernel
 
-    FallbackKernel.create(op, *arguments)
+    class DirectKernel(FallbackKernel):
+        """A call of the op, whose schema says what is written to, that is written down as a call of the function behind it."""
+
+        def codegen(self, wrapper: Any) -> None:
+            op: Any = self.op_overload
+            device = self.get_device()
+            function = None if device is None else into.FUNCTIONS.get((op, device.type))
+            if function is not None:
+                # By names that torch does not promise. Where they are others, the op is called.
+                with contextlib.suppress(AttributeError, TypeError):
+                    # A line of the code, not an import here: where inductor takes code from its cache, this does not run.
+                    wrapper.add_import_once("from rtlynx import into as rtlynx_into")
+                    self.python_kernel_name = f"rtlynx_into.{function}"
+            super().codegen(wrapper)
+
+    return DirectKernel
 
 
 def _value(x: object) -> object:

@@ -3,6 +3,8 @@
 `rtlynx.inductor` puts them in the place of `rtlynx.ops`' when it lowers a graph. The arguments were checked while it was traced, and the
 outputs are inductor's, which plans memory better than an allocation in every call: what is left is the launch. Without gradients, and
 not for users: nothing is checked here but what `rtlynx.launch` says.
+
+The Python that inductor writes calls the functions of `FUNCTIONS`, without the ops around them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from rtlynx import launch, reference
 
-# New arguments come last, with defaults: code that inductor compiled and cached before there were any still calls the op.
+# New arguments come last, with defaults, in the schemas and in the functions behind them, and no name of `FUNCTIONS` goes away. Code that
+# inductor has cached calls what there was when it was compiled: the key of its cache holds the versions of torch and triton, not rtlynx's.
 _library = torch.library.Library("rtlynx", "FRAGMENT")
 _library.define(
     "sparsify_into(Tensor x, Tensor? gate, Tensor? head, Tensor? score, Tensor? shift, Tensor? comp_down, Tensor(a!) values,"
@@ -25,7 +28,7 @@ _library.define(
 )
 
 
-def _sparsify_cpu(
+def sparsify_cpu(
     x: Tensor,
     gate: Tensor | None,
     head: Tensor | None,
@@ -54,7 +57,7 @@ def _sparsify_cpu(
             into.copy_(computed)
 
 
-def _sparse_linear_cpu(
+def sparse_linear_cpu(
     values: Tensor,
     metadata: Tensor,
     weight: Tensor,
@@ -72,13 +75,24 @@ def _sparse_linear_cpu(
     out.copy_(reference.sparse_linear(*product, activation, residual, gate))
 
 
+sparsify_cuda, sparse_linear_cuda = launch.sparsify, launch.sparse_linear
+
+FUNCTIONS = {
+    (torch.ops.rtlynx.sparsify_into.default, "cpu"): "sparsify_cpu",
+    (torch.ops.rtlynx.sparsify_into.default, "cuda"): "sparsify_cuda",
+    (torch.ops.rtlynx.sparse_linear_into.default, "cpu"): "sparse_linear_cpu",
+    (torch.ops.rtlynx.sparse_linear_into.default, "cuda"): "sparse_linear_cuda",
+}
+"""Op and type of device → what compiled code calls: the name of a function of this module with the op's arguments."""
+
+
 def _nothing(*_arguments: object) -> None:
     """What a trace sees of an op that returns nothing."""
 
 
-_library.impl("sparsify_into", _sparsify_cpu, "CPU")
-_library.impl("sparsify_into", launch.sparsify, "CUDA")
+_library.impl("sparsify_into", sparsify_cpu, "CPU")
+_library.impl("sparsify_into", sparsify_cuda, "CUDA")
 torch.library.register_fake("rtlynx::sparsify_into", _nothing, lib=_library)
-_library.impl("sparse_linear_into", _sparse_linear_cpu, "CPU")
-_library.impl("sparse_linear_into", launch.sparse_linear, "CUDA")
+_library.impl("sparse_linear_into", sparse_linear_cpu, "CPU")
+_library.impl("sparse_linear_into", sparse_linear_cuda, "CUDA")
 torch.library.register_fake("rtlynx::sparse_linear_into", _nothing, lib=_library)

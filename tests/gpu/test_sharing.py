@@ -127,7 +127,7 @@ def test_a_norm_in_compiled_code(attn: Any) -> None:
     h, scale, bias = torch.randn(2, M, K, device="cuda").bfloat16(), *torch.randn(2, 2, K, device="cuda").bfloat16()
     torch._dynamo.reset()
     got, (code,) = run_and_get_code(torch.compile(project, fullgraph=True), h, scale, bias)
-    assert code.count("rtlynx.sparsify_into.default(") == 1 and "rtlynx.row_stats" not in code
+    assert code.count("rtlynx_into.sparsify_cuda(") == 1 and "rtlynx.row_stats" not in code
     for a, b in zip(got, project(h, scale, bias), strict=True):
         assert relative_error(a, b) < 1e-2  # the statistics' last bits
 
@@ -158,8 +158,8 @@ def test_compiled_blocks_select_once(family: str) -> None:
     assert relative_error(got, eager) < 3e-2
     assert code
     for block in code:
-        layers = block.count("rtlynx.sparse_linear_into.default(")
-        assert layers == 0 or block.count("rtlynx.sparsify_into.default(") == {12: 8, 5: 2, 7: 4}[layers]
+        layers = block.count("rtlynx_into.sparse_linear_cuda(")
+        assert layers == 0 or block.count("rtlynx_into.sparsify_cuda(") == {12: 8, 5: 2, 7: 4}[layers]
 
 
 @pytest.mark.parametrize("family", sorted(TINY))

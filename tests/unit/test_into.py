@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._inductor.utils import run_and_get_code
+from torch._dynamo.utils import counters
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, _core, launch, ops, reference
+from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, _core, inductor, into, launch, ops, reference
 
 M, N, K, R = 33, 128, 256, 16
 E4M3 = torch.float8_e4m3fn
@@ -43,10 +45,115 @@ def compiled(call: Any, *inputs: Any, dynamic: bool = False) -> tuple[Any, str]:
 def test_compiled_layers_write_into_memory_of_inductor(options: dict[str, Any], dynamic: bool) -> None:
     model, x = layers(**options), torch.randn(M, K).bfloat16()
     got, code = compiled(model, x, dynamic=dynamic)
-    assert (code.count("rtlynx.sparsify_into.default("), code.count("rtlynx.sparse_linear_into.default(")) == (3, 3)
+    assert (code.count("rtlynx_into.sparsify_cpu("), code.count("rtlynx_into.sparse_linear_cpu(")) == (3, 3)
     assert "rtlynx.sparsify.default(" not in code and "rtlynx.sparse_linear.default(" not in code
     assert "cpp_fused" not in code  # what is written into is not filled first, nor are biases added
     assert torch.equal(got, model(x))
+
+
+def calls(code: str) -> list[str]:
+    """What is allocated, written, used again and freed, in order."""
+    return [line.strip() for line in code.splitlines() if "buf" in line]
+
+
+def no_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inductor whose code has no imports of others."""
+
+    def absent(wrapper: object) -> None:
+        raise AttributeError("add_import_once")
+
+    monkeypatch.setattr(PythonWrapperCodegen, "add_import_once", property(absent, lambda wrapper, value: None), raising=False)
+
+
+def other_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inductor that wants more to be said of an import."""
+    add = property(lambda wrapper: lambda line, name: None, lambda wrapper, value: None)
+    monkeypatch.setattr(PythonWrapperCodegen, "add_import_once", add, raising=False)
+
+
+def other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a kind of device that has no function."""
+    monkeypatch.setattr(into, "FUNCTIONS", {})
+
+
+@pytest.mark.parametrize("lacking", [no_imports, other_imports, other_device])
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_without_a_way_past_the_dispatcher_the_op_is_called(lacking: Any, dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = layers(), torch.randn(M, K).bfloat16()
+    _, direct = compiled(model, x, dynamic=dynamic)
+    assert direct.count("from rtlynx import into as rtlynx_into") == 1
+    lacking(monkeypatch)
+    got, code = compiled(model, x, dynamic=dynamic)
+    assert "rtlynx_into" not in code and torch.equal(got, model(x))
+    # To inductor both are the op: it does the same with memory and in the same order.
+    for op in ("sparsify", "sparse_linear"):
+        code = code.replace(f"torch.ops.rtlynx.{op}_into.default(", f"rtlynx_into.{op}_cpu(")
+    assert len(calls(code)) > 20 and calls(code) == calls(direct)
+
+
+def test_a_function_has_the_arguments_of_its_op() -> None:
+    for (op, _), name in into.FUNCTIONS.items():
+        parameters = inspect.signature(getattr(into, name)).parameters.values()
+        defaults = [inspect.Parameter.empty if not a.has_default_value() else a.default_value for a in op._schema.arguments]
+        assert [(p.name, p.default) for p in parameters] == [(a.name, d) for a, d in zip(op._schema.arguments, defaults, strict=True)]
+
+
+@torch.no_grad()
+def test_writes_stay_in_order() -> None:
+    first, second, last = layers()[0], layers()[0], layers()[1]
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        a, b = first(x), second(x)
+        x.mul_(2)
+        c = first(x)
+        return a, last(b + c), b.add_(a), c
+
+    x = torch.randn(M, K).bfloat16()
+    mine, theirs = x.clone(), x.clone()
+    got, code = compiled(call, mine)
+    # run_and_get_code runs the code once, so x is written to once, as in the eager call.
+    for a, b in zip((*got, mine), (*call(theirs), theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    assert code.count("rtlynx_into.sparse_linear_cpu(") == 4
+
+
+@torch.no_grad()
+def test_literals_are_written_out() -> None:
+    x = torch.randn(M, K).bfloat16()
+
+    def select(x: Tensor) -> tuple[Tensor, ...]:
+        return ops.sparsify(x, eps=1 / 3e7, values_dtype=E4M3, values_scale=2.0**-9, activation="gelu_tanh")
+
+    _, code = compiled(select, x)
+    (call,) = [line for line in calls(code) if "sparsify_cpu(" in line]
+    assert f"True, {1 / 3e7!r}, {2.0**-9!r}, 'gelu_tanh', None" in call  # shortest digits that give the same float
+
+
+@torch.no_grad()
+def test_cached_code_brings_its_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = layers(), torch.randn(M, K).bfloat16()
+    with fresh_inductor_cache(), torch._inductor.config.patch(fx_graph_cache=True):
+        for run in range(2):
+            torch._dynamo.reset()
+            torch._inductor.codecache.PyCodeCache.cache_clear()
+            counters.clear()
+            assert torch.equal(torch.compile(model, fullgraph=True)(x), model(x))
+            assert counters["inductor"]["fxgraph_cache_hit"] == run
+            monkeypatch.setattr(inductor, "_call", None)  # nothing is lowered again
+
+
+@torch.no_grad()
+def test_a_graph_in_a_graph_calls_as_well() -> None:
+    model, x = layers(), torch.randn(M, K).bfloat16()
+
+    def call(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: model[0](x), lambda x: model[0](-x), (x,))  # type: ignore[no-any-return]
+
+    for input in (x.abs(), -x.abs()):
+        got, code = compiled(call, input)
+        assert code.count("rtlynx_into.sparse_linear_cpu(") == 2
+        assert torch.equal(got, call(input))
 
 
 @torch.no_grad()
@@ -63,7 +170,7 @@ def test_all_outputs_may_be_wanted() -> None:
         return (*ops.sparsify(x, comp_down=down, values_dtype=E4M3, values_scale=0.5), *ops.sparsify(x, norm_compensation=False))
 
     got, code = compiled(select, x)
-    assert code.count("rtlynx.sparsify_into.default(") == 2
+    assert code.count("rtlynx_into.sparsify_cpu(") == 2
     for a, b in zip(got, select(x), strict=True):
         assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 

@@ -119,7 +119,7 @@ def test_compiled_layers_select_once() -> None:
 
     with torch._inductor.config.patch(fx_graph_cache=False):
         got, (code,) = run_and_get_code(torch.compile(call, fullgraph=True), h, weight - 1, bias)
-    assert code.count("rtlynx.sparsify_into.default(") == 1 and "rtlynx.sparsify.default(" not in code
+    assert code.count("rtlynx_into.sparsify_cpu(") == 1 and "rtlynx.sparsify.default(" not in code
     for a, b in zip(got, call(h, weight - 1, bias), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
