@@ -257,9 +257,18 @@ def check_contiguous(op: str, arguments: tuple[str, ...], tensors: tuple[Tensor 
 def rows_readable(x: Tensor) -> bool:
     """Whether the kernel can read the rows of x in place: unit stride inside a row, every row 16-byte aligned."""
     row, column = x.stride()
-    return column == 1 and row >= x.shape[1] and row * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
+    return _readable(x, row, column, x.data_ptr())
 
 
-def readable(x: Tensor) -> Tensor:
-    """x, or a copy of it that the kernel can read."""
-    return x if rows_readable(x) else x.clone(memory_format=torch.contiguous_format)
+def readable(x: Tensor) -> tuple[Tensor, int, int]:
+    """x, or a copy of it that the kernel can read, and what has been asked of it by then: the stride of its rows and its address."""
+    row, column = x.stride()
+    address = x.data_ptr()
+    if not _readable(x, row, column, address):
+        x = x.clone(memory_format=torch.contiguous_format)
+        row, address = x.stride(0), x.data_ptr()
+    return x, row, address
+
+
+def _readable(x: Tensor, row: int, column: int, address: int) -> bool:
+    return column == 1 and row >= x.shape[1] and row * x.element_size() % ALIGNMENT == 0 and address % ALIGNMENT == 0

@@ -48,8 +48,13 @@ def sparsify(
     m, half = values.shape
     if m == 0:
         return
-    x, gate, head = readable(x), None if gate is None else readable(gate), None if head is None else readable(head)
-    norm_rows = 0
+    x, ldx, x_address = readable(x)
+    ld_gate = gate_address = head_k = ld_head = head_address = norm_rows = 0
+    if gate is not None:
+        gate, ld_gate, gate_address = readable(gate)
+    if head is not None:
+        head_k = head.shape[1]
+        head, ld_head, head_address = readable(head)
     if norm_stats is not None:
         activation = "norm"
         norm_weight = None if norm_weight is None else norm_weight.contiguous()
@@ -63,16 +68,16 @@ def sparsify(
         kernel_dtype(x.dtype, values.dtype),
         m,
         2 * half,  # k
-        x.stride(0),  # ldx
+        ldx,
         0 if branch is None else branch.shape[1],  # rank
         activation,
-        0 if head is None else head.shape[1],  # head_k
-        0 if head is None else head.stride(0),  # ld_head
-        0 if gate is None else gate.stride(0),  # ld_gate
+        head_k,
+        ld_head,
+        ld_gate,
         norm_rows,
-        x.data_ptr(),
-        0 if gate is None else gate.data_ptr(),
-        0 if head is None else head.data_ptr(),
+        x_address,
+        gate_address,
+        head_address,
         0 if norm_stats is None else norm_stats.data_ptr(),
         0 if norm_weight is None else norm_weight.data_ptr(),
         0 if norm_bias is None else norm_bias.data_ptr(),
@@ -98,7 +103,7 @@ def row_stats(h: Tensor, stats: Tensor, centered: bool, eps: float) -> None:
     m, k = h.shape
     if m == 0:
         return
-    h = readable(h)
+    h, ldx, h_address = readable(h)
     device_index = h.get_device()
     core().row_stats(
         device_index,
@@ -106,8 +111,8 @@ def row_stats(h: Tensor, stats: Tensor, centered: bool, eps: float) -> None:
         kernel_dtype(h.dtype, h.dtype),
         m,
         k,
-        h.stride(0),  # ldx
-        h.data_ptr(),
+        ldx,
+        h_address,
         stats.data_ptr(),
         centered,
         eps,

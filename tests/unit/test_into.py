@@ -241,6 +241,17 @@ def test_selection_is_given_its_arguments_in_their_places(full: bool, monkeypatc
     assert calls == [place | rows | addresses | options | none]
 
 
+def test_selection_is_given_a_copy_of_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = recorded(monkeypatch, "sparsify")
+    wide = torch.zeros(M, 3 * K).bfloat16()
+    x, gate, head = wide[:, 1 : K + 1], wide[:, : 2 * K : 2], torch.zeros(64, M).bfloat16().T
+    values, metadata = torch.zeros(M, (K + 64) // 2).bfloat16(), torch.zeros(1, 5, 32, 4, dtype=torch.int32)
+    launch.sparsify(x, gate, head, None, None, None, values, metadata, None, None, True, 0.0, 1.0, "silu_gate")
+    (call,) = calls
+    assert (call["k"], call["ldx"], call["ld_gate"], call["head_k"], call["ld_head"]) == (K + 64, K, K, 64, 64)
+    assert not {call["x"], call["gate"], call["head"]} & {x.data_ptr(), gate.data_ptr(), head.data_ptr(), 0}
+
+
 @pytest.mark.parametrize("samples", [0, 1, 3])
 def test_a_norm_is_given_its_arguments_in_their_places(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = recorded(monkeypatch, "sparsify")
