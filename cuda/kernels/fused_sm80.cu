@@ -123,9 +123,8 @@ __device__ __forceinline__ void project_stage(const FusedParams& p, const uint8_
 #pragma unroll
       for (int i = 0; i < Config::kTilesM; ++i) {
         const Group group = both_rows(groups[i]);
-        uint32_t g[2], h[2];
-        drop24(group, rank_groups<T, false>(p, k0, x, groups[i], group), ~0u, g, h);
-        groups[i][0] = {g[0], g[1]}, groups[i][1] = {h[0], h[1]};
+        const Group left = drop24(group, select_groups<T, false>(p, k0, x, groups[i], group), ~0u);
+        groups[i][0] = {left.g[0], left.g[1]}, groups[i][1] = {left.h[0], left.h[1]};
       }
     }
 #pragma unroll

@@ -125,6 +125,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
   const bool writes_selection = blockIdx.y == 0;
   const int units = (p.k + kBlockCols - 1) / kBlockCols * (kBlockCols / kWordCols);  // the metadata is padded to whole blocks
 
+  const LaneValues<T> values(p, row, q * kLaneCols);
   float norm[2] = {}, norm_kept[2] = {};
   float d[kPiece][4] = {};
 
@@ -145,7 +146,7 @@ __device__ __forceinline__ void sparsify(const SparsifyParams& p) {
       if (p.shift) subtract_shift<T>(p, row, col, x);
       const SelectedTile<T> selected(p, col, x);
       word = selected.word;
-      if (writes_selection) selected.template store_values<T>(p, row, col);
+      if (writes_selection) values.store(T{}, static_cast<uint32_t>(col0), selected.compressed);
 #pragma unroll
       for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
       if constexpr (kRankCapacity > 0) project<T, kPiece>(p, col, n0 + g * kPiece, selected.branch_input, d);

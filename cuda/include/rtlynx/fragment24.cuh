@@ -79,17 +79,17 @@ __device__ __forceinline__ void load_groups(const FusedParams& p, const uint8_t*
 }
 
 // The groups of rows g and g + 8 of an m16 tile, which are selected together.
-__device__ __forceinline__ Group both_rows(const RowGroup (&rows)[2]) { return {rows[0].x01, rows[0].x23, rows[1].x01, rows[1].x23}; }
+__device__ __forceinline__ Group both_rows(const RowGroup (&rows)[2]) { return {{rows[0].x01, rows[0].x23}, {rows[1].x01, rows[1].x23}}; }
 
-// Ranks the lane's groups x of an m16 tile in the stage that starts at column k0. kPlain: known when compiled that there is no score.
+// Selects in the lane's groups x of an m16 tile in the stage that starts at column k0. kPlain: known when compiled that there is no score.
 template <class T, bool kPlain>
-__device__ __forceinline__ Ranking rank_groups(const FusedParams& p, int k0, int x, const RowGroup (&rows)[2], const Group& group) {
-  if (kPlain || !p.score) return rank24(group);
+__device__ __forceinline__ Selection select_groups(const FusedParams& p, int k0, int x, const RowGroup (&rows)[2], const Group& group) {
+  if (kPlain || !p.score) return select24(group);
   const float4 score = __ldg(reinterpret_cast<const float4*>(p.score + k0 + group_column(x)));
   uint32_t g[4], h[4];
   scored_keys<T>(rows[0].x01, rows[0].x23, score, g);
   scored_keys<T>(rows[1].x01, rows[1].x23, score, h);
-  return rank24(g, h);
+  return select24(g, h);
 }
 
 // Nibble x of each half of a lane's word belongs to its group x, of row g (low half) and row g + 8. Gives lane L of a quad the word whose nibbles q
@@ -122,7 +122,7 @@ template <class Config, bool kPlain>
 __device__ __forceinline__ Fragments<Config> select_stage(const FusedParams& p, const uint8_t* tile, int k0, Norms<Config>& norms) {
   using T = typename Config::T;
   Fragments<Config> fragments;
-  uint32_t nibbles[Config::kTilesM] = {};  // of group x at bits 4x of the row's half
+  uint32_t selectors[Config::kTilesM][kStageGroups];
 #pragma unroll
   for (int x = 0; x < kStageGroups; ++x) {
     PerRow<Config, RowGroup> groups;
@@ -130,9 +130,8 @@ __device__ __forceinline__ Fragments<Config> select_stage(const FusedParams& p, 
 #pragma unroll
     for (int i = 0; i < Config::kTilesM; ++i) {
       const Group group = both_rows(groups[i]);
-      const Ranking by = rank_groups<T, kPlain>(p, k0, x, groups[i], group);
-      keep24(group, by, fragments.kept[x][i][0], fragments.kept[x][i][1]);
-      nibbles[i] |= nibbles24(by, x);
+      selectors[i][x] = selectors24(select_groups<T, kPlain>(p, k0, x, groups[i], group));
+      keep24(group, selectors[i][x], fragments.kept[x][i][0], fragments.kept[x][i][1]);
     }
     for_each_row<Config>([&](int i, int half) {
       add_squares<T>(groups[i][half].x01, norms.all[i][half]);
@@ -141,7 +140,7 @@ __device__ __forceinline__ Fragments<Config> select_stage(const FusedParams& p, 
     });
   }
 #pragma unroll
-  for (int i = 0; i < Config::kTilesM; ++i) fragments.metadata[i] = transpose_in_quad(nibbles[i]);
+  for (int i = 0; i < Config::kTilesM; ++i) fragments.metadata[i] = transpose_in_quad(nibbles24(selectors[i]));
   return fragments;
 }
 

@@ -11,6 +11,7 @@
 #include "rtlynx/element.cuh"
 #include "rtlynx/format.cuh"
 #include "rtlynx/params.cuh"
+#include "rtlynx/ptx/registers.cuh"
 #include "rtlynx/select24.cuh"
 
 namespace rtlynx {
@@ -93,7 +94,7 @@ __device__ __forceinline__ uint32_t stored_word(uint32_t word) {
 // What selection makes of a lane's tile.
 template <class T>
 struct SelectedTile {
-  uint32_t word = 0;                      // metadata
+  uint32_t word;                          // metadata
   uint32_t compressed[2][kLaneGroups];    // kept values of rows g and g + 8
   LaneTile branch_input;                  // what the branch reads: what was dropped, or all of x
   float norm[2] = {}, norm_kept[2] = {};  // this lane's part of ‖X‖² and ‖S(X)‖² of its rows
@@ -107,53 +108,71 @@ struct SelectedTile {
         uint32_t g[4], h[4];
         scored_keys<T>(x.pairs[0][2 * c], x.pairs[0][2 * c + 1], score, g);
         scored_keys<T>(x.pairs[1][2 * c], x.pairs[1][2 * c + 1], score, h);
-        return rank24(g, h);
+        return select24(g, h);
       });
     } else {
-      select(p, x, [](const Group& group, int) { return rank24(group); });
+      select(p, x, [](const Group& group, int) { return select24(group); });
     }
   }
 
-  template <class Params, class Rank>
-  __device__ __forceinline__ void select(const Params& p, const LaneTile& x, Rank rank) {
-    const uint32_t dropped = p.branch_of_dropped ? ~0u : 0u;
+  template <class Params, class Select>
+  __device__ __forceinline__ void select(const Params& p, const LaneTile& x, Select select) {
+    const uint32_t dropped = 0u - p.branch_of_dropped;
+    uint32_t selectors[kLaneGroups];
 #pragma unroll
     for (int c = 0; c < kLaneGroups; ++c) {
-      const Group group(x.pairs[0][2 * c], x.pairs[0][2 * c + 1], x.pairs[1][2 * c], x.pairs[1][2 * c + 1]);
-      const Ranking by = rank(group, c);
-      keep24(group, by, compressed[0][c], compressed[1][c]);
-      word |= nibbles24(by, c);
-      uint32_t left[2][2];
-      drop24(group, by, dropped, left[0], left[1]);
+      const Group group = {{x.pairs[0][2 * c], x.pairs[0][2 * c + 1]}, {x.pairs[1][2 * c], x.pairs[1][2 * c + 1]}};
+      const Selection by = select(group, c);
+      selectors[c] = selectors24(by);
+      keep24(group, selectors[c], compressed[0][c], compressed[1][c]);
+      const Group left = drop24(group, by, dropped);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) branch_input.pairs[0][2 * c + i] = left.g[i], branch_input.pairs[1][2 * c + i] = left.h[i];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         add_squares<T>(x.pairs[half][2 * c], norm[half]);
         add_squares<T>(x.pairs[half][2 * c + 1], norm[half]);
         add_squares<T>(compressed[half][c], norm_kept[half]);
-        branch_input.pairs[half][2 * c] = left[half][0];
-        branch_input.pairs[half][2 * c + 1] = left[half][1];
       }
     }
+    word = nibbles24(selectors);
+  }
+};
+
+// Where the lane's kept values go: those of columns `col` .. of the rows `row` and row + 8.
+template <class Operand>
+struct LaneValues {
+  uint8_t* at;   // of the first row
+  int64_t next;  // bytes to the second
+  int rows;      // that there are from the first on
+  float scale;   // of e4m3 values
+
+  template <class Params>
+  __device__ __forceinline__ LaneValues(const Params& p, int row, int col)
+      : at(ptx::kept(static_cast<uint8_t*>(p.values) + (static_cast<int64_t>(row) * (p.k / 2) + col / 2) * kBytesOf<Operand>)),
+        next(static_cast<int64_t>(p.k) * 4 * kBytesOf<Operand>),
+        rows(p.m - row) {
+    if constexpr (kBytesOf<Operand> == 1) scale = p.values_scale;
   }
 
-  template <class Operand, class Params>
-  __device__ __forceinline__ void store_values(const Params& p, int row, int col) const {
+  // Stores those of the columns that begin `col` behind the first.
+  template <class T>
+  __device__ __forceinline__ void store(T, uint32_t col, const uint32_t (&compressed)[2][kLaneGroups]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= p.m) continue;
-      const int64_t index = static_cast<int64_t>(row + 8 * half) * (p.k / 2) + col / 2;
+      if (rows <= 8 * half) continue;
+      void* target = at + col / 2 * kBytesOf<Operand> + half * next;
       const uint32_t (&pairs)[kLaneGroups] = compressed[half];
       if constexpr (kBytesOf<Operand> == 2) {
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p.values) + index) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        *static_cast<uint4*>(target) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       } else {
         uint32_t halves[kLaneGroups];
 #pragma unroll
         for (int c = 0; c < kLaneGroups; ++c) {
           const float2 x = T::unpack(pairs[c]);
-          halves[c] = Operand::pack(x.x * p.values_scale, x.y * p.values_scale);
+          halves[c] = Operand::pack(x.x * scale, x.y * scale);
         }
-        *reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.values) + index) =
-            make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
+        *static_cast<uint2*>(target) = make_uint2(halves[0] | halves[1] << 16, halves[2] | halves[3] << 16);
       }
     }
   }

@@ -45,6 +45,7 @@
 #include "rtlynx/ptx/grid.cuh"
 #include "rtlynx/ptx/load.cuh"
 #include "rtlynx/ptx/mbarrier.cuh"
+#include "rtlynx/ptx/registers.cuh"
 #include "rtlynx/ptx/tma.cuh"
 #include "rtlynx/ptx/wgmma.cuh"
 #include "rtlynx/ptx/wgmma_rs.cuh"
@@ -77,13 +78,14 @@ struct Stages {
   static constexpr int kCount = kGated ? 2 : kRankCapacity == 64 ? 3 : 4;
   static constexpr uint32_t kDownBytes = kWordCols * kRankCapacity * 2;
   static constexpr uint32_t kStageBytes = kUnits * ((kGated ? 2 : 1) * kXBytes + kDownBytes);
+  static constexpr uint32_t kToGate = kUnits * (kXBytes + kDownBytes);  // from a unit's x to its gate
   uint32_t base, barriers;
   int stage = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ uint32_t x(int unit) const { return base + stage * kStageBytes + unit * kXBytes; }
   __device__ __forceinline__ uint32_t down(int unit) const { return base + stage * kStageBytes + kUnits * kXBytes + unit * kDownBytes; }
-  __device__ __forceinline__ uint32_t gate(int unit) const { return down(kUnits) + unit * kXBytes; }
+  __device__ __forceinline__ uint32_t gate(int unit) const { return x(unit) + kToGate; }
   __device__ __forceinline__ uint32_t full() const { return barriers + stage * 8; }
   __device__ __forceinline__ uint32_t empty() const { return full() + kCount * 8; }
   __device__ __forceinline__ void advance() {
@@ -176,30 +178,34 @@ __device__ __forceinline__ void copy_stages(const SparsifySm90Params& p, Stages<
   }
 }
 
-// The lane's part of one row of a 64 x 64 box: 32 bytes, which the copy engine has swizzled.
-__device__ __forceinline__ void read_row(uint32_t box, int row, int q, uint32_t (&pairs)[kLanePairs]) {
+// Where the lane's part of one row begins in a 64 x 64 box: 32 bytes, which the copy engine has swizzled. Their second half is 16 bytes ahead or
+// behind.
+__device__ __forceinline__ uint32_t place_in_box(int row, int q) { return row * 128 + (2 * q ^ (row & 7)) * 16; }
+
+__device__ __forceinline__ void read_row(uint32_t at, uint32_t (&pairs)[kLanePairs]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     uint32_t* r = pairs + 4 * i;
-    const uint32_t address = box + row * 128 + ((2 * q + i) ^ (row & 7)) * 16;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at ^ i * 16));
   }
 }
 
-// Its part of the rows `row` and row + 8 of X: of the box, or with an activation what that makes of the box and of the gate's.
+// Its part of two rows of X, 8 apart: of the box, or with an activation what that makes of the box and of the gate's. `at` and `gate_at` are the
+// first row's.
 template <class T, Activation kActivation>
-__device__ __forceinline__ LaneTile read_tile(uint32_t box, uint32_t gate_box, bool of_head, int row, int q) {
+__device__ __forceinline__ LaneTile read_tile(uint32_t at, uint32_t gate_at, bool of_head) {
+  constexpr uint32_t kNext = 8 * 128;
   LaneTile tile;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     uint32_t (&pairs)[kLanePairs] = tile.pairs[half];
-    read_row(box, row + 8 * half, q, pairs);
+    read_row(at + half * kNext, pairs);
     if constexpr (kActivation == Activation::kGeluTanh) {
       if (!of_head) gelu_tanh<T>(pairs);
     } else if constexpr (kActivation == Activation::kSiluGate) {
       if (!of_head) {
         uint32_t gate[kLanePairs];
-        read_row(gate_box, row + 8 * half, q, gate);
+        read_row(gate_at + half * kNext, gate);
         silu_gate<T>(pairs, gate);
       }
     }
@@ -246,10 +252,9 @@ __device__ __forceinline__ LaneTile gather_tile(uint32_t box, uint32_t gate_box,
   return tile;
 }
 
-// Issues d += a · comp_down over a unit.
-template <class T, ptx::Swizzle kSwizzle, int kCount>
-__device__ __forceinline__ void project(uint32_t tile, const LaneTile& a, float (&d)[kCount]) {
-  const uint64_t b = ptx::matrix_descriptor<kSwizzle>(tile);
+// Issues d += a · comp_down over a unit, whose matrix descriptor is `b`.
+template <class T, int kCount>
+__device__ __forceinline__ void project(uint64_t b, const LaneTile& a, float (&d)[kCount]) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int c = 0; c < kLaneGroups; ++c) {
@@ -292,7 +297,8 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
   extern __shared__ __align__(1024) uint8_t memory[];  // the stages; at the end the partial branch, [kUnits][kRows][kRankCapacity] floats
   Ring ring{ptx::shared_address(memory), ptx::shared_address(barriers)};
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // the same in all lanes, which the compiler then knows
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int clusters = ptx::cluster_size(), rank = ptx::cluster_rank(), cluster = blockIdx.x / clusters;
   const int block_row = cluster * kRows, n0 = blockIdx.y * kRankCapacity;
   const bool writes_selection = blockIdx.y == 0;
@@ -317,7 +323,12 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
     __syncwarp();
   } else {
     const int row_tile = warp % kRowTiles, unit = warp / kRowTiles;
-    const int row0 = block_row + row_tile * kTileRows, row = row0 + g;
+    const int row0 = block_row + row_tile * kTileRows, row = row0 + g, box_row = row_tile * kTileRows + g;
+    const LaneValues<Operand> values(p, row, q * kLaneCols);
+    // Of the first stage; kept, where the compiler would compute them again in every stage.
+    const uint32_t first_x = ptx::kept(ring.x(unit) + place_in_box(box_row, q));
+    const uint64_t first_down = ptx::matrix_descriptor<kDownSwizzle<kRankCapacity>>(ring.down(unit));
+    uint32_t* const metadata = p.metadata + metadata_index(row0, unit_column(0, unit, 0), lane, p.m);
     float norm[2] = {}, norm_kept[2] = {};
     for (int i = 0; i < blocks.count; ++i) {
       const int block_column = blocks.next();
@@ -332,19 +343,19 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
         }
         ptx::mbarrier_wait(ring.full(), ring.parity);
         if (col0 < p.k) {
-          const int box_row = row_tile * kTileRows + g;
           LaneTile x;
           if constexpr (kGathered) {
             x = gather_tile<T, kActivation>(ring.x(unit), ring.gate(unit), places, head_pieces(p, col0) * kPieceCols, box_row);
           } else {
-            x = read_tile<T, kActivation>(ring.x(unit), ring.gate(unit), col0 < p.head_k, box_row, q);
+            const uint32_t at = first_x + ring.stage * Ring::kStageBytes;
+            x = read_tile<T, kActivation>(at, at + Ring::kToGate, col0 < p.head_k);
           }
           if constexpr (kNormed) normalize<T>(p, row_norms + box_row, row, col, x);
           if (p.shift) subtract_shift<T>(p, row, col, x);
           const SelectedTile<T> selected(p, col, x);
-          if constexpr (kRankCapacity > 0) project<T, kDownSwizzle<kRankCapacity>>(ring.down(unit), selected.branch_input, d);
+          if constexpr (kRankCapacity > 0) project<T>(ptx::advanced(first_down, ring.stage * Ring::kStageBytes), selected.branch_input, d);
           words[s] = stored_word<Operand>(selected.word);
-          if (writes_selection) selected.template store_values<Operand>(p, row, col);
+          if (writes_selection) values.store(T{}, static_cast<uint32_t>(col0), selected.compressed);
 #pragma unroll
           for (int half = 0; half < 2; ++half) norm[half] += selected.norm[half], norm_kept[half] += selected.norm_kept[half];
           if constexpr (kRankCapacity > 0) {
@@ -356,7 +367,7 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
         ring.advance();
       }
       if (writes_selection) {
-        auto* target = p.metadata + metadata_index(row0, unit_column(block_column, unit, 0), lane, p.m);
+        uint32_t* target = metadata + static_cast<uint32_t>(block_column) / kBlockCols * metadata_index(0, kBlockCols, 0, p.m);
         __stcg(reinterpret_cast<uint2*>(target), make_uint2(words[0], words[1]));
       }
     }

@@ -1,5 +1,8 @@
-// setmaxnreg: PTX ISA, "Miscellaneous Instructions: setmaxnreg" (sm_90a). Every warp of the warpgroup must execute it.
+// setmaxnreg: PTX ISA, "Miscellaneous Instructions: setmaxnreg" (sm_90a). Every warp of the warpgroup must execute it. And registers as the compiler
+// sees them.
 #pragma once
+
+#include <cstdint>
 
 namespace rtlynx::ptx {
 
@@ -11,6 +14,17 @@ __device__ __forceinline__ void give_up_registers() {
 template <int Registers>
 __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// `value`, of which the compiler then no longer knows how to compute it: it stays in its register.
+template <class T>
+__device__ __forceinline__ T kept(T value) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+  return value;
 }
 
 }  // namespace rtlynx::ptx
