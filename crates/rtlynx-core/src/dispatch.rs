@@ -102,20 +102,29 @@ fn cluster(arch: &Arch, row_blocks: i64, column_blocks: i64) -> i64 {
     sizes.min_by_key(|&size| estimated_select_ns(arch, row_blocks, column_blocks, size)).expect("a row has columns")
 }
 
-/// Estimated time of `sparsify_sm90` in clusters of this size on an H200 (docs/kernels.md).
+/// Estimated time of `sparsify_sm90` in clusters of this size on an H200, fitted to sizes 1 to 8 for 70 sizes of X (docs/kernels.md). The size of least
+/// estimated time took 0.2 % longer than the fastest, on average.
 ///
-/// A block needs 1.1 us for a stage of 64 rows and 128 columns when it has a multiprocessor for itself, and two together need 2 us; more wait for the
-/// next wave. Clusters of more than two do not find room on every multiprocessor. What a cluster costs besides, its blocks' sums, grows with it.
+/// A block needs 0.8 us for a stage of 64 rows and 128 columns when it has a multiprocessor for itself, and two together need 1.5 us; more wait for the
+/// next wave. Clusters of more than two do not find room on every multiprocessor, those of 7 least of all: the 16 or 18 of a GPC hold two. What a
+/// cluster costs besides, its blocks' sums, grows with it.
 pub(crate) fn estimated_select_ns(arch: &Arch, row_blocks: i64, column_blocks: i64, cluster: i64) -> i64 {
-    const WAVE_NS: i64 = 7000; // besides its stages
-    const BLOCK_NS: i64 = 1000; // of a cluster
+    const WAVE_NS: i64 = 6500; // besides its stages
+    const BLOCK_NS: i64 = 260; // of a cluster
     const STAGES_OF_A_COLUMN_BLOCK: i64 = 2;
+    const STAGE_NS: i64 = 820; // of a block alone
+    const STAGE_OF_TWO_NS: i64 = 1530;
     let stages = STAGES_OF_A_COLUMN_BLOCK * ceil_div(column_blocks, cluster);
-    let places = (if cluster > 2 { arch.sms * 10 / 11 } else { arch.sms }).max(1);
+    let tenths = match cluster {
+        1 | 2 => 10,
+        7 => 8,
+        _ => 9,
+    };
+    let places = (arch.sms * tenths / 10).max(1);
     let blocks = row_blocks * cluster;
     let waves = ceil_div(blocks, 2 * places) - 1; // before the last
-    let stage_ns = if blocks - waves * 2 * places > places { 2000 } else { 1100 };
-    BLOCK_NS * cluster + waves * (WAVE_NS + stages * 2000) + WAVE_NS + stages * stage_ns
+    let stage_ns = if blocks - waves * 2 * places > places { STAGE_OF_TWO_NS } else { STAGE_NS };
+    BLOCK_NS * cluster + waves * (WAVE_NS + stages * STAGE_OF_TWO_NS) + WAVE_NS + stages * stage_ns
 }
 
 /// The GEMM kernels that can run a problem, in the order of the tile table.
@@ -130,7 +139,7 @@ pub fn candidates(arch: &Arch, problem: &SparseLinearProblem) -> Result<impl Ite
             cluster: 1,
             threads: tile.threads,
             shared_bytes: tile.shared_bytes() as u32,
-            overlaps: tile.family == Family::Sm90,
+            overlaps: tile.overlaps || problem.dtype.has_e4m3_operands(),
         };
         // The kernels number their tiles with 32 bits.
         (arch.runs(&tile) && tiles <= i32::MAX.into()).then_some((SpmmKernel { dtype: problem.dtype, tile, epilogue: false }, launch))
@@ -351,7 +360,9 @@ mod tests {
     fn persistent_blocks_fill_the_gpu_once() {
         let blocks = |m, n| plan_sparse_linear(&h200(), &linear(m, n, 3072)).unwrap().1;
         assert_eq!(blocks(4608, 12288), Launch { blocks: (132, 1), cluster: 1, threads: 384, shared_bytes: 204880, overlaps: true });
-        assert_eq!(blocks(1024, 3072).blocks, (8 * 16, 1));
+        let smaller = blocks(1024, 3072);
+        assert_eq!((smaller.blocks, smaller.overlaps), ((8 * 16, 1), false));
+        assert!(plan_sparse_linear(&h200(), &e4m3(linear(1024, 3072, 3072))).unwrap().1.overlaps);
     }
 
     #[test]

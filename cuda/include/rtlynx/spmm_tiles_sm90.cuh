@@ -22,7 +22,7 @@ namespace rtlynx {
 
 constexpr int kRowBytes = 128;     // of W in a stage
 constexpr int kRankStep = 32;      // columns of the branch in a stage
-constexpr int kGroupRows = 4096;   // rows of Y that share their columns of W in L2 before the next columns come
+constexpr int kGroupTiles = 16;    // most tile rows that share their columns of W in L2 before the next columns come
 constexpr int kRegisters = 65536;  // of a multiprocessor
 constexpr int kProducerRegisters = 24;
 
@@ -76,13 +76,14 @@ __device__ __forceinline__ int tile_count(const SpmmSm90Params& p) {
 
 __device__ __forceinline__ int branch_stages(const SpmmSm90Params& p) { return (p.rank + kRankStep - 1) / kRankStep; }
 
-// Down the rows of a group first, then to the next tile column: blocks running together share both operands in L2.
+// Down the rows of a group first, then to the next tile column: blocks running together share both operands in L2. Neighbours in this order start in
+// the same GPC, as long as nothing else is on the GPU; scattered over all of it they take up to a tenth longer. Groups are equally high but for the last.
 template <class Config>
 __device__ __forceinline__ TileOrigin tile_origin(const SpmmSm90Params& p, int index) {
-  constexpr int kGroup = kGroupRows / Config::kBM;  // in tiles
   const int tiles_m = (p.m + Config::kBM - 1) / Config::kBM, tiles_n = (p.n + Config::kBN - 1) / Config::kBN;
-  const int group = index / (kGroup * tiles_n), first = group * kGroup;
-  const int rows = min(kGroup, tiles_m - first), within = index - group * kGroup * tiles_n;
+  const int groups = (tiles_m + kGroupTiles - 1) / kGroupTiles, height = (tiles_m + groups - 1) / groups;
+  const int group = index / (height * tiles_n), first = group * height;
+  const int rows = min(height, tiles_m - first), within = index - first * tiles_n;
   return {(first + within % rows) * Config::kBM, within / rows * Config::kBN};
 }
 
