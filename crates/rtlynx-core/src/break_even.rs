@@ -15,7 +15,7 @@ const MOST_TOKENS: i64 = 1 << 14;
 const STEP: i64 = 64;
 /// By how many percent the sparse layer may be estimated slower beyond the threshold: where a few more tokens begin another wave of tiles. The
 /// estimate exaggerates those; of the measured layers none loses (a test below).
-const SLACK_PERCENT: i64 = 8;
+const SLACK_PERCENT: i64 = 15;
 /// By how many percent it must be estimated faster at the threshold: with few tokens the estimates are least sure.
 const MARGIN_PERCENT: i64 = 12;
 /// What the memory of an H200 could give at most, in 10⁹ bytes a second. Estimates are for it, and grow where memory is slower: by how much, an H100 told.
@@ -63,7 +63,7 @@ fn sparse_ns(arch: &Arch, memory_gb_s: i64, problem: &SparseLinearProblem) -> Re
     const CALL_NS: i64 = 4000;
     const SELECT_PERCENT: i64 = 70;
     const BYTES_PERCENT: i64 = 100;
-    let gemm_percent = if problem.dtype.has_e4m3_operands() { 0 } else { 50 };
+    let gemm_percent = if problem.dtype.has_e4m3_operands() { 0 } else { 30 };
     let select_ns = with_memory(select_ns(arch, problem)?, memory_gb_s, SELECT_PERCENT);
     let gemm_ns = dispatch::estimated_gemm_ns(arch, problem)?;
     let weight_bytes = problem.n.saturating_mul(problem.k).saturating_mul(problem.dtype.operand_bytes());
@@ -120,7 +120,7 @@ mod tests {
         for (n, k) in [(3072, 3072), (12288, 3072), (3072, 15360), (3840, 10240), (55296, 6144)] {
             let ratio = |m| sparse_ns(&h200(), H200_GB_S, &problem(m, n, k)).unwrap() as f64 / dense_ns(&problem(m, n, k)) as f64;
             assert!(ratio(least(n, k)) <= 1.0, "{n} {k}");
-            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.09), "{n} {k}");
+            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.16), "{n} {k}");
         }
     }
 
