@@ -69,7 +69,7 @@ TAIL_SHAPES = [
 
 KERNEL_SIZES = [(1, 8), (257, 200)]
 """(M, N) that leave every GEMM kernel's tiles partly filled: its only one, and the last of several in both directions."""
-KERNEL_DEPTHS = [64, 128, 192, 320, 384, 576, 832]
+KERNEL_DEPTHS = [64, 128, 192, 320, 384, 576, 1088]
 """K that give every GEMM kernel fewer steps than its pipeline has stages, and more; with e4m3 operands also half a step at the end."""
 
 KERNEL_RANKS = [0, 32, 80]

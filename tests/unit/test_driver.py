@@ -183,7 +183,7 @@ def test_every_device_loads_its_own_code(driver: Path) -> None:
 @needs_device_code
 def test_the_grid_covers_a_ragged_problem(driver: Path) -> None:
     (launch,) = [line for line in run(driver, "sparse_linear()") if line.startswith("launch")]
-    assert launch.startswith("launch 10x1x1 of 128x1x1, 49152 bytes")  # 64 x 64 tiles: 2 of M = 100, 5 of N = 264
+    assert launch.startswith("launch 3x1x1 of 384x1x1, 196736 bytes")  # 128 x 128 tiles: 1 of M = 100, 3 of N = 264
 
 
 TUNED = "_core.set_plan(0, 100, 264, 128, 0, 'float16', {kernel!r})"
@@ -192,12 +192,12 @@ ASKED = "print(_core.gemm_kernel(0, 100, 264, 128, 0, 'float16'))"
 
 @needs_device_code
 def test_a_tuned_kernel_is_launched_until_it_is_taken_back(driver: Path) -> None:
-    kernel, planned = "spmm_sm80_f16_128x128x64_s4", "spmm_sm80_f16_64x64x64_s4"
+    kernel, planned = "spmm_sm80_f16_128x64x64_s4", "spmm_sm90_f16_128x128x64_s8"
     calls = run(driver, f"{TUNED.format(kernel=kernel)}; {ASKED}; sparse_linear(); {TUNED.format(kernel=None)}; {ASKED}; sparse_linear()")
     assert [call for call in calls if call.startswith("spmm")] == [kernel] * 2 + [planned] * 2
     assert [call.split(",")[0] for call in calls if call.startswith("launch")] == [
-        "launch 3x1x1 of 128x1x1",  # 128 x 128 tiles: 1 of M = 100, 3 of N = 264
-        "launch 10x1x1 of 128x1x1",
+        "launch 5x1x1 of 128x1x1",  # 128 x 64 tiles: 1 of M = 100, 5 of N = 264
+        "launch 3x1x1 of 384x1x1",
     ]
 
 
@@ -205,7 +205,7 @@ def test_a_tuned_kernel_is_launched_until_it_is_taken_back(driver: Path) -> None
 def test_a_tuned_kernel_is_for_its_problem_only(driver: Path) -> None:
     tuned = TUNED.format(kernel="spmm_sm80_f16_128x128x64_s4")
     calls = run(driver, f"{tuned}; sparse_linear(m=101); sparse_linear(rank=16)")
-    assert [call for call in calls if call.startswith("spmm")] == ["spmm_sm80_f16_64x64x64_s4"]
+    assert [call for call in calls if call.startswith("spmm")] == ["spmm_sm90_f16_128x128x64_s8"]
 
 
 def test_only_the_kernels_this_gpu_uses_are_tuned(driver: Path) -> None:
@@ -315,16 +315,22 @@ def test_hopper_gets_a_map_of_every_operand(driver: Path) -> None:
     calls = run(driver, f"{HOPPER.format(rank=48)}; {HOPPER.format(rank=48)}")
     fixed = "of strides 1 1, interleave 0, swizzle {}, promotion 2, fill 0"
     call = [
-        f"map 0x100000: type 9, rank 2, 1216x4000, stride 2432, box 32x256 {fixed.format(2)}",
-        f"map 0x200000: type 9, rank 2, 2432x3080, stride 4864, box 64x144 {fixed.format(3)}",
-        f"map 0x300000: type 9, rank 2, 48x4000, stride 96, box 32x256 {fixed.format(2)}",
-        f"map 0x400000: type 9, rank 2, 48x3080, stride 96, box 32x144 {fixed.format(2)}",
-        # the first map begins with its address; attribute 6 lets it start before selection has finished
-        "launch 132x1x1 of 384x1x1, 208992 bytes, stream 0x5, first pointer 0x100000, attribute 6: 1x0x0",
+        f"map 0x100000: type 9, rank 2, 1216x4000, stride 2432, box 32x192 {fixed.format(2)}",
+        f"map 0x200000: type 9, rank 2, 2432x3080, stride 4864, box 64x192 {fixed.format(3)}",
+        f"map 0x300000: type 9, rank 2, 48x4000, stride 96, box 32x192 {fixed.format(2)}",
+        f"map 0x400000: type 9, rank 2, 48x3080, stride 96, box 32x192 {fixed.format(2)}",
+        "launch 132x1x1 of 512x1x1, 221280 bytes, stream 0x5, first pointer 0x100000",  # the first map begins with its address
         "pop",
     ]
-    loading = ["retain", "push", "capture relaxed", "load", "spmm_sm90_bf16_256x144x64_s6", "capture restored"]
+    loading = ["retain", "push", "capture relaxed", "load", "spmm_sm90_bf16_192x192x64_s6", "capture restored"]
     assert calls == [*loading, *call, "push", *call]
+
+
+@needs_device_code
+def test_the_widest_tiles_start_before_selection_has_finished(driver: Path) -> None:
+    wide = HOPPER.format(rank=0).replace("3080", "12288")
+    (launch,) = [line for line in run(driver, wide) if line.startswith("launch")]
+    assert launch == "launch 132x1x1 of 384x1x1, 204880 bytes, stream 0x5, first pointer 0x100000, attribute 6: 1x0x0"
 
 
 @needs_device_code

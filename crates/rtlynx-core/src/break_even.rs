@@ -15,7 +15,9 @@ const MOST_TOKENS: i64 = 1 << 14;
 const STEP: i64 = 64;
 /// By how many percent the sparse layer may be estimated slower beyond the threshold: where a few more tokens begin another wave of tiles. The
 /// estimate exaggerates those; of the measured layers none loses (a test below).
-const SLACK_PERCENT: i64 = 8;
+const SLACK_PERCENT: i64 = 15;
+/// By how many percent it must be estimated faster at the threshold: with few tokens the estimates are least sure.
+const MARGIN_PERCENT: i64 = 12;
 /// What the memory of an H200 could give at most, in 10⁹ bytes a second. Estimates are for it, and grow where memory is slower: by how much, an H100 told.
 const H200_GB_S: i64 = 4916;
 
@@ -25,8 +27,8 @@ fn with_memory(ns: i64, memory_gb_s: i64, percent: i64) -> i64 {
     ns.saturating_add(ns / 100 * percent * missing / memory_gb_s.max(1))
 }
 
-/// The least number of tokens with which the sparse layer is estimated to be no slower than the dense one, and with no larger number slower by more
-/// than some percent; `i64::MAX` if there is none. Of `problem`, m is ignored.
+/// The least number of tokens with which the sparse layer is estimated to be faster than the dense one by a margin, and with no larger number slower by
+/// more than some percent; `i64::MAX` if there is none. Of `problem`, m is ignored.
 pub fn least_tokens(arch: &Arch, memory_gb_s: i64, problem: &SparseLinearProblem) -> Result<i64> {
     dispatch::plan_sparse_linear(arch, &SparseLinearProblem { m: 1, ..*problem })?;
     if arch.capability != (9, 0) {
@@ -39,31 +41,34 @@ pub fn least_tokens(arch: &Arch, memory_gb_s: i64, problem: &SparseLinearProblem
         if sparse > dense.saturating_add(dense / 100 * SLACK_PERCENT) {
             break;
         }
-        if sparse <= dense {
+        if sparse <= dense - dense / 100 * MARGIN_PERCENT {
             least = m;
         }
     }
     Ok(least)
 }
 
-/// `F.linear`: 745 TFLOP/s, or 4 TB/s where reading the weight takes longer.
+/// `F.linear`: 745 TFLOP/s, or 3.5 TB/s where reading the weight takes longer.
 fn dense_ns(problem: &SparseLinearProblem) -> i64 {
-    const CALL_NS: i64 = 5000;
+    const CALL_NS: i64 = 7000;
     let SparseLinearProblem { m, n, k, .. } = *problem;
     // Sizes that are valid one by one may be beyond all time together.
     let flop = n.saturating_mul(k).saturating_mul(2 * m);
     let bytes = n.saturating_mul(k).saturating_add(m * (n + k)).saturating_mul(2);
-    CALL_NS + (flop / 745_000).max(bytes / 4000)
+    CALL_NS + (flop / 745_000).max(bytes / 3500)
 }
 
-/// Selection and GEMM, one after the other.
+/// Selection and GEMM, one after the other. The GEMM reads its weight at 2.6 TB/s where that takes longer.
 fn sparse_ns(arch: &Arch, memory_gb_s: i64, problem: &SparseLinearProblem) -> Result<i64> {
     const CALL_NS: i64 = 4000;
     const SELECT_PERCENT: i64 = 70;
-    // The times of e4m3 tiles are an H100's to begin with.
+    const BYTES_PERCENT: i64 = 100;
     let gemm_percent = if problem.dtype.has_e4m3_operands() { 0 } else { 30 };
     let select_ns = with_memory(select_ns(arch, problem)?, memory_gb_s, SELECT_PERCENT);
-    Ok(CALL_NS + select_ns + with_memory(dispatch::estimated_gemm_ns(arch, problem)?, memory_gb_s, gemm_percent))
+    let gemm_ns = dispatch::estimated_gemm_ns(arch, problem)?;
+    let weight_bytes = problem.n.saturating_mul(problem.k).saturating_mul(problem.dtype.operand_bytes());
+    let gemm_ns = with_memory(gemm_ns, memory_gb_s, gemm_percent).max(with_memory(weight_bytes / 2600, memory_gb_s, BYTES_PERCENT));
+    Ok(CALL_NS + select_ns + gemm_ns)
 }
 
 /// Selection on the kernel for Hopper.
@@ -115,7 +120,7 @@ mod tests {
         for (n, k) in [(3072, 3072), (12288, 3072), (3072, 15360), (3840, 10240), (55296, 6144)] {
             let ratio = |m| sparse_ns(&h200(), H200_GB_S, &problem(m, n, k)).unwrap() as f64 / dense_ns(&problem(m, n, k)) as f64;
             assert!(ratio(least(n, k)) <= 1.0, "{n} {k}");
-            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.09), "{n} {k}");
+            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.16), "{n} {k}");
         }
     }
 

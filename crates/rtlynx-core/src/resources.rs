@@ -74,11 +74,17 @@ fn spmm_sm80() {
 
 #[test]
 fn spmm_sm90() {
-    for tile in TILES.into_iter().filter(|tile| tile.family == Family::Sm90) {
-        let given = [("kBN_", tile.bn), ("kStages_", tile.stages.into())];
-        let c = Constants::of([FORMAT, source!("kernels/spmm_sm90.cu")], &given);
+    let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.family == Family::Sm90).collect();
+    let compiled = calls(source!("kernels/spmm_sm90.cu"), "RTLYNX_SPMM_TYPES");
+    assert_eq!(compiled, calls(source!("kernels/spmm_epilogue_sm90.cu"), "RTLYNX_SPMM_EPILOGUE_TYPES"));
+    assert_eq!(tiles.len(), compiled.len());
+    for (tile, compiled) in tiles.iter().zip(compiled) {
+        let [bm, bn, consumers, stages] = compiled[..] else { panic!("{compiled:?}") };
+        let given = [("kBM_", bm), ("kBN_", bn), ("kConsumers_", consumers), ("kStages_", stages)];
+        let c = Constants::of([FORMAT, source!("include/rtlynx/spmm_tiles_sm90.cuh")], &given);
+        assert_eq!((tile.bm, tile.bn, i64::from(tile.stages)), (c.get("kBM"), c.get("kBN"), c.get("kStages")));
         assert_eq!(i64::from(tile.threads), c.get("kThreads"), "{tile:?}");
-        assert_eq!(tile.bm, c.get("kBM"), "{tile:?}");
+        assert_eq!(c.get("kTilesM") * 64 * c.get("kConsumers"), tile.bm);
         // `Shared`: the stages, then of each a full and an empty barrier of 8 bytes.
         assert_eq!(tile.shared_bytes(), c.get("kStages") * (c.get("kStageBytes") + 2 * 8), "{tile:?}");
         assert_eq!([1, 2].map(|bytes| c.get("kRowBytes") / bytes), [Dtype::Bf16E4m3, Dtype::Bf16].map(Tile::bk));

@@ -61,8 +61,8 @@ __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t bytes
                  : "l"(a), "l"(b));                                                                                              \
   }
 #define RTLYNX_WGMMA_SS_WIDTHS(T, type)                                  \
-  RTLYNX_WGMMA_SS(T, type, "144", 72, "%72", "%73", "%74", "%75", "%76") \
-  RTLYNX_WGMMA_SS(T, type, "168", 84, "%84", "%85", "%86", "%87", "%88") \
+  RTLYNX_WGMMA_SS(T, type, "128", 64, "%64", "%65", "%66", "%67", "%68") \
+  RTLYNX_WGMMA_SS(T, type, "160", 80, "%80", "%81", "%82", "%83", "%84") \
   RTLYNX_WGMMA_SS(T, type, "192", 96, "%96", "%97", "%98", "%99", "%100")
 
 // wgmma_sp_k32: d (64 x N) = or += A (64 x 32, 2:4 compressed, shared memory) · B^T (N x 32, shared memory). Selector 0 takes the metadata of
@@ -86,8 +86,8 @@ RTLYNX_WGMMA_SS_WIDTHS(F16, "f16")
 
 // d (64 x N) = or += A (64 x 64, 2:4 compressed, shared memory) · B^T (N x 64, shared memory), in e4m3. The metadata of all lanes is taken, so
 // there is no selector; the tensor cores sum with fewer bits than float32 has.
-RTLYNX_WGMMA_SP_E4M3("144", 72, "%72", "%73", "%74", "%75")
-RTLYNX_WGMMA_SP_E4M3("168", 84, "%84", "%85", "%86", "%87")
+RTLYNX_WGMMA_SP_E4M3("128", 64, "%64", "%65", "%66", "%67")
+RTLYNX_WGMMA_SP_E4M3("160", 80, "%80", "%81", "%82", "%83")
 RTLYNX_WGMMA_SP_E4M3("192", 96, "%96", "%97", "%98", "%99")
 #undef RTLYNX_WGMMA_SP_E4M3
 
