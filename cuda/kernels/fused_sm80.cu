@@ -14,8 +14,8 @@
 //   warp 1 |             |
 //   warp 2 |             |                                    4 x 1    2 x 2
 //   warp 3 |             |        shared memory                 910      770     of these W 512 or 256, X 128 or 256, the copies 256
-//          +-------------+        integer and logic pipe        840     1580     2 an instruction, 420 a warp, 370 of them to select
-//                                 all instructions              840     1440
+//          +-------------+        integer and logic pipe        700     1310     2 an instruction, 350 a warp, 300 of them to select
+//                                 all instructions              790     1330
 //                                 tensor cores                  512      512
 //
 //   So at best 56 % of what the tensor cores could do there, and nearly all where mma.sp is half as fast (8.6, 8.9, 12.0).

@@ -150,7 +150,9 @@ def _tune(core: ModuleType, index: int, problems: Sequence[Problem], again: bool
     try:
         with tqdm(unknown, desc=_OP, unit="product", disable=not unknown) as progress:
             for problem in progress:
-                times[problem] = _measure(core, index, problem, core.candidates(**arch, **asdict(problem)), known.get(problem), repeats)
+                times[problem] = measure_kernels(
+                    core, index, problem, core.candidates(**arch, **asdict(problem)), known.get(problem), repeats
+                )
                 found[problem] = fastest(times[problem], planned[problem])
     finally:  # interrupted, it keeps what it has
         if found:
@@ -166,7 +168,9 @@ def fastest(milliseconds: Mapping[str, float], planned: str) -> str:
     return best if milliseconds[best] < _WORTH_IT * milliseconds[planned] else planned
 
 
-def _measure(core: ModuleType, index: int, problem: Problem, kernels: Sequence[str], before: str | None, repeats: int) -> dict[str, float]:
+def measure_kernels(
+    core: ModuleType, index: int, problem: Problem, kernels: Sequence[str], before: str | None, repeats: int
+) -> dict[str, float]:
     """Median milliseconds of every kernel, which take turns; afterwards the one from before runs again."""
     with torch.cuda.device(index):
         generator = torch.Generator("cuda").manual_seed(0)  # the caller's random numbers stay what they would have been

@@ -62,7 +62,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "core", lambda: pretended.core)
-    monkeypatch.setattr(autotune, "_measure", pretended.measure)
+    monkeypatch.setattr(autotune, "measure_kernels", pretended.measure)
     monkeypatch.setattr(SparseLinear, "least_tokens", lambda self, device: 1000)
     yield pretended
 
@@ -98,10 +98,10 @@ def test_an_interrupted_run_keeps_what_it_has(machine: Machine, monkeypatch: pyt
             raise KeyboardInterrupt
         return machine.measure(*arguments)
 
-    monkeypatch.setattr(autotune, "_measure", measure)
+    monkeypatch.setattr(autotune, "measure_kernels", measure)
     with pytest.raises(KeyboardInterrupt):
         rtlynx.autotune([ATTENTION, MLP])
-    monkeypatch.setattr(autotune, "_measure", machine.measure)
+    monkeypatch.setattr(autotune, "measure_kernels", machine.measure)
     rtlynx.autotune([ATTENTION, MLP])
     assert machine.asked == [Problem(*ATTENTION), Problem(*MLP)]
 

@@ -155,6 +155,50 @@ def energy(
     console.print(f"wrote {path}")
 
 
+@app.command("tiles")
+def tiles(
+    shapes: Annotated[list[ShapeSet], typer.Option(help="Which layers, as for `gemm`. Can be given again.")] = [  # noqa: B006
+        ShapeSet.dit,
+        ShapeSet.odd,
+        ShapeSet.small,
+    ],
+    rank: Annotated[int, typer.Option(min=0, max=128, help="Rank of the branch.")] = 64,
+    repeats: Repeats = 11,
+    out: Annotated[Path | None, typer.Option(help="Folder for the CSV file, e.g. benches/results.", file_okay=False)] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit to name in the file, where git cannot tell.")] = None,
+) -> None:
+    """Time every GEMM kernel on the same products: what the tile table would say of this GPU, and how good its choice is."""
+    from dataclasses import asdict
+
+    import torch
+    from rich.console import Console
+
+    require_gpu()
+    from rtlynx.bench.machine import describe, gpu_slug
+    from rtlynx.bench.results import write_csv
+    from rtlynx.bench.shapes import SHAPES
+    from rtlynx.bench.tiles import KernelTime, fit_tiles, kernel_times, plan_losses
+    from rtlynx.report.table import Column, terminal_table
+
+    layers = list(dict.fromkeys(layer for shape_set in shapes for layer in SHAPES[shape_set.value]))
+    rows = kernel_times(layers, rank, repeats)
+    columns = [Column("tile", "tile", numeric=False), *(Column(key, key, "{:.0f}") for key in ("step_ns", "e4m3_step_ns", "tile_ns"))]
+    fitted = fit_tiles(rows, torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+    console = Console(highlight=False)
+    console.print(terminal_table(columns, [asdict(one) for one in fitted]))
+    losses = plan_losses(rows)
+    worst = max(losses, key=losses.__getitem__)
+    mean = sum(losses.values()) / len(losses)
+    console.print(f"the planned kernel takes {mean:.2%} longer than the fastest on average, at most {losses[worst]:.1%}: {worst}")
+    if out is None:
+        return
+    path = out / gpu_slug() / "tiles.csv"
+    command = f"rtlynx bench tiles {' '.join(f'--shapes {s.value}' for s in shapes)} --rank {rank} --repeats {repeats}"
+    header = describe(command, commit, "medians of CUDA-event times in ms, cold L2, random data, kernels interleaved")
+    write_csv(path, header, rows, KernelTime)
+    console.print(f"wrote {path}")
+
+
 @app.command("profile")
 def profile(
     layers: Annotated[list[str], typer.Option("--layer", help="MxNxK; can be given again.")] = [  # noqa: B006
