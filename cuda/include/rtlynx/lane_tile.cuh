@@ -149,7 +149,7 @@ struct LaneValues {
 
   template <class Params>
   __device__ __forceinline__ LaneValues(const Params& p, int row, int col)
-      : at(ptx::kept(static_cast<uint8_t*>(p.values) + (static_cast<int64_t>(row) * (p.k / 2) + col / 2) * kBytesOf<Operand>)),
+      : at(ptx::opaque(static_cast<uint8_t*>(p.values) + (static_cast<int64_t>(row) * (p.k / 2) + col / 2) * kBytesOf<Operand>)),
         next(static_cast<int64_t>(p.k) * 4 * kBytesOf<Operand>),
         rows(p.m - row) {
     if constexpr (kBytesOf<Operand> == 1) scale = p.values_scale;

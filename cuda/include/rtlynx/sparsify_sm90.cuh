@@ -326,7 +326,7 @@ __device__ __forceinline__ void sparsify_sm90(const SparsifySm90Params& p) {
     const int row0 = block_row + row_tile * kTileRows, row = row0 + g, box_row = row_tile * kTileRows + g;
     const LaneValues<Operand> values(p, row, q * kLaneCols);
     // Of the first stage; kept, where the compiler would compute them again in every stage.
-    const uint32_t first_x = ptx::kept(ring.x(unit) + place_in_box(box_row, q));
+    const uint32_t first_x = ptx::opaque(ring.x(unit) + place_in_box(box_row, q));
     const uint64_t first_down = ptx::matrix_descriptor<kDownSwizzle<kRankCapacity>>(ring.down(unit));
     uint32_t* const metadata = p.metadata + metadata_index(row0, unit_column(0, unit, 0), lane, p.m);
     float norm[2] = {}, norm_kept[2] = {};

@@ -30,12 +30,6 @@
 
 namespace rtlynx {
 
-// The same value, but the compiler cannot know: what follows from it is computed here, not kept in registers through the main loop.
-__device__ __forceinline__ int computed_here(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 // What a consumer warpgroup keeps from stage to stage.
 template <class Config>
 struct Consumer {
@@ -243,7 +237,7 @@ struct Consumer {
   // registers for what it reads.
   __device__ __forceinline__ void finish_and_store(const Accumulators& acc, int row, int column) const {
     constexpr int kBatch = 3, kBatches = (Config::kBlocksN + 4 * kBatch - 1) / (4 * kBatch);
-    const int lane = computed_here(this->lane), g = lane / 4, q = lane % 4;
+    const int lane = ptx::opaque(this->lane), g = lane / 4, q = lane % 4;
     uint32_t pairs[Config::kTilesM][2][kBatches][kBatch][4] = {};  // of n8 block 4 piece + 0..3: columns 2q and + 1
 #pragma unroll
     for (int i = 0; i < Config::kTilesM; ++i) {
@@ -253,7 +247,7 @@ struct Consumer {
         for (int half = 0; half < 2; ++half) {
           uint32_t& pair = pairs[i][half][block / 4 / kBatch][block / 4 % kBatch][block % 4];
           pair = T::pack(acc[i][4 * block + 2 * half], acc[i][4 * block + 2 * half + 1]);
-          pair = computed_here(pair);
+          pair = ptx::opaque(pair);
         }
       }
     }
@@ -304,7 +298,7 @@ struct Consumer {
       }
       Accumulators acc;
       multiply(acc, first_row(origin) + 16 * warp);
-      origin = tile_origin<Config>(p, computed_here(tile));
+      origin = tile_origin<Config>(p, ptx::opaque(tile));
       const int row = first_row(origin) + 16 * warp;
       if constexpr (Config::kEpilogue) {
         if (p.residual) prefetch_residual(row, origin.n);

@@ -16,9 +16,9 @@ __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// `value`, of which the compiler then no longer knows how to compute it: it stays in its register.
+// `value`, of which the compiler no longer knows how it was computed: it neither computes it again later nor what follows from it before.
 template <class T>
-__device__ __forceinline__ T kept(T value) {
+__device__ __forceinline__ T opaque(T value) {
   if constexpr (sizeof(T) == 8) {
     asm volatile("" : "+l"(value));
   } else {
