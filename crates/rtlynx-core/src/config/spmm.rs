@@ -65,7 +65,7 @@ impl Tile {
 ///
 /// The times only rank tiles against each other. They are a tile's share of a busy multiprocessor of an H200: where several blocks are
 /// resident, the time of all divided by their number. Measured with a branch of rank 64:
-/// - sm90: fitted to all five tiles on 102 products with 77 to 16896 tokens, bf16 and e4m3 operands, in one run (docs/kernels.md). The one of least
+/// - sm90: fitted to all five tiles on 102 products with 77 to 16896 tokens, bf16 and e4m3 operands, in one run, as `rtlynx bench tiles` does. The one of least
 ///   estimated time took 0.2 % longer than the fastest, on average.
 /// - sm80 but for 64x64: on an H100, from 4608 x 12288 x 3072 (0.643, 0.660, 0.824 ms for 128x128, 256x128, 128x64) and 4608 x 3072 x 12288 (0.619,
 ///   0.667, 0.775 ms). 256x128 is for GPUs on which two blocks of 128x128 do not fit, where it is alone on a multiprocessor but has as many warps;
