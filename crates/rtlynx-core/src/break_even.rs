@@ -15,7 +15,7 @@ const MOST_TOKENS: i64 = 1 << 14;
 const STEP: i64 = 64;
 /// By how many percent the sparse layer may be estimated slower beyond the threshold: where a few more tokens begin another wave of tiles. The
 /// estimate exaggerates those; of the measured layers none loses (a test below).
-const SLACK_PERCENT: i64 = 15;
+const SLACK_PERCENT: i64 = 8;
 /// By how many percent it must be estimated faster at the threshold: with few tokens the estimates are least sure.
 const MARGIN_PERCENT: i64 = 12;
 /// What the memory of an H200 could give at most, in 10⁹ bytes a second. Estimates are for it, and grow where memory is slower: by how much, an H100 told.
@@ -120,7 +120,7 @@ mod tests {
         for (n, k) in [(3072, 3072), (12288, 3072), (3072, 15360), (3840, 10240), (55296, 6144)] {
             let ratio = |m| sparse_ns(&h200(), H200_GB_S, &problem(m, n, k)).unwrap() as f64 / dense_ns(&problem(m, n, k)) as f64;
             assert!(ratio(least(n, k)) <= 1.0, "{n} {k}");
-            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.16), "{n} {k}");
+            assert!((least(n, k)..=MOST_TOKENS).step_by(STEP as usize).all(|m| ratio(m) < 1.09), "{n} {k}");
         }
     }
 
@@ -137,15 +137,8 @@ mod tests {
     const H100: [&str; 3] = results!("nvidia-h100-80gb-hbm3");
     const H100_GB_S: i64 = 3352;
 
-    /// Columns of a result file: the time of a whole sparse layer, and of its parts where the layer may have waited for a busy host.
-    #[derive(Clone, Copy)]
-    struct Sparse {
-        layer: &'static str,
-        parts: Option<[&'static str; 2]>,
-    }
-
     /// Of a result file, the layers that would run sparse: what the dense product takes over what the sparse one does. Also how many would run dense.
-    fn speedups(file: &str, memory_gb_s: i64, dtype: Dtype, sparse: Sparse) -> (Vec<(String, f64)>, usize) {
+    fn speedups(file: &str, memory_gb_s: i64, dtype: Dtype, layer: &str) -> (Vec<(String, f64)>, usize) {
         let mut lines = file.lines().filter(|line| !line.starts_with('#'));
         let header: Vec<&str> = lines.next().unwrap().split(',').collect();
         let column = |name| header.iter().position(|&field| field == name).unwrap();
@@ -158,29 +151,22 @@ mod tests {
             if size("m") < least_tokens(&h200(), memory_gb_s, &problem).unwrap() {
                 dense += 1;
             } else {
-                let layer = ms(sparse.layer);
-                let parts = sparse.parts.map(|parts| parts.map(ms).iter().sum());
-                found.push((line.to_owned(), ms("dense_ms") / layer.min(parts.unwrap_or(layer))));
+                found.push((line.to_owned(), ms("dense_ms") / ms(layer)));
             }
         }
         (found, dense)
     }
 
-    /// No measured layer that would run sparse was more than 2 % slower than the dense one. The host had other work while the H100 was measured: there
-    /// the parts count where the layer took longer than they.
+    /// No measured layer that would run sparse was more than 2 % slower than the dense one.
     #[test]
     fn no_measured_layer_loses() {
-        let whole = Sparse { layer: "layer_ms", parts: None };
-        let plain = Sparse { parts: Some(["gemm_ms", "select_ms"]), ..whole };
-        let whole_e4m3 = Sparse { layer: "layer_e4m3_ms", parts: None };
-        let e4m3 = Sparse { parts: Some(["gemm_e4m3_ms", "select_e4m3_ms"]), ..whole_e4m3 };
-        for (files, memory_gb_s, dtype, sparse) in [
-            (H200, H200_GB_S, Dtype::Bf16, whole),
-            (H200, H200_GB_S, Dtype::Bf16E4m3, whole_e4m3),
-            (H100, H100_GB_S, Dtype::Bf16, plain),
-            (H100, H100_GB_S, Dtype::Bf16E4m3, e4m3),
+        for (files, memory_gb_s, dtype, layer) in [
+            (H200, H200_GB_S, Dtype::Bf16, "layer_ms"),
+            (H200, H200_GB_S, Dtype::Bf16E4m3, "layer_e4m3_ms"),
+            (H100, H100_GB_S, Dtype::Bf16, "layer_ms"),
+            (H100, H100_GB_S, Dtype::Bf16E4m3, "layer_e4m3_ms"),
         ] {
-            let (found, dense): (Vec<_>, Vec<_>) = files.map(|file| speedups(file, memory_gb_s, dtype, sparse)).into_iter().unzip();
+            let (found, dense): (Vec<_>, Vec<_>) = files.map(|file| speedups(file, memory_gb_s, dtype, layer)).into_iter().unzip();
             let (found, dense) = (found.concat(), dense.iter().sum::<usize>());
             assert!(found.len() > 20 && dense > 20, "{memory_gb_s} {dtype}: {} sparse, {dense} dense", found.len());
             let losing: Vec<_> = found.iter().filter(|(_, speedup)| *speedup < 0.98).collect();
