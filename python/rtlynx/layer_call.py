@@ -1,7 +1,8 @@
 """An eager call of a `SparseLinear` in one step: nothing is checked twice, one piece of memory holds all that passes between the kernels.
 
 A call without gradients costs the host more in checks, allocations and attributes than in launches. What a first call has checked is
-remembered by address, type and size of every tensor it read; a later one that finds them as they were launches at once.
+remembered by address, type and size of every tensor it read; a later one that finds them as they were launches at once. Of a layer that had
+too few tokens, that it had is remembered: small models, which wait for the host, are made of such layers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
@@ -17,6 +19,7 @@ from rtlynx import launch
 from rtlynx.checks import ALIGNMENT
 from rtlynx.direct import direct
 from rtlynx.fp8 import kernel_dtype
+from rtlynx.least_tokens import NEVER
 
 if TYPE_CHECKING:
     from rtlynx._core import Layer
@@ -108,6 +111,50 @@ class LayerCall:
 
     def _workspace(self, like: Tensor, m: int) -> Tensor:
         return like.new_empty(self._core.workspace_bytes(m) // like.element_size())
+
+
+class DenseCall:
+    """That a layer has too few tokens for a sparse product, and the calls of which that is still true.
+
+    They are those of `torch.nn.Linear`, with or without gradients. It remembers what `SparseLinear.least_tokens` depends on, and holds no
+    tensor either.
+    """
+
+    __slots__ = ("_device", "_dtype", "_least", "_precision", "_rank")
+
+    def __init__(self, layer: SparseLinear, device: torch.device, least: int) -> None:
+        self._device, self._least = device, least
+        self._dtype, self._rank, self._precision = layer.weight.dtype, layer.rank, layer.precision
+
+    @classmethod
+    def after(cls, layer: SparseLinear, input: Tensor) -> DenseCall | None:
+        """For a layer that has just multiplied ``input`` densely; None where that was for another reason."""
+        if layer.dense or layer.dense_step:
+            return None
+        return cls(layer, input.device, layer.least_tokens(input.device))
+
+    def __call__(self, layer: SparseLinear, input: Tensor) -> Tensor | None:
+        """The layer's output, or None where something is not as it was."""
+        if not self.serves(layer, input):
+            return None
+        parameters = layer._parameters
+        return F.linear(input, parameters["weight"], parameters["bias"])  # type: ignore[arg-type]  # there is a weight
+
+    def serves(self, layer: SparseLinear, input: Tensor) -> bool:
+        """Whether a call with as many tokens as ``input`` has, on its device, is such a one."""
+        parameters = layer._parameters  # what is not among them, FSDP or a parametrization holds
+        weight, down = parameters.get("weight"), parameters.get("comp_down")
+        return not (
+            (self._least != NEVER and input.shape[:-1].numel() >= self._least)
+            or input.device != self._device
+            or weight is None
+            or weight.dtype is not self._dtype
+            or (0 if down is None else down.shape[1]) != self._rank
+            or layer.precision != self._precision
+            or layer.small_m != "dense"
+            or layer._buffers["compact_scale"] is not None
+            or "bias" not in parameters
+        )
 
 
 def _read(layer: SparseLinear) -> tuple[object, ...] | None:

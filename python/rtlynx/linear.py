@@ -17,7 +17,7 @@ from rtlynx.derived import Derived, bias_of_shift, in_order
 from rtlynx.epilogue import added, check_residual, in_product
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, dequantized_weight
-from rtlynx.layer_call import LayerCall
+from rtlynx.layer_call import DenseCall, LayerCall
 from rtlynx.layer_shapes import check_compensation
 from rtlynx.layer_state import LayerState, SelectionInputs
 from rtlynx.least_tokens import least_tokens
@@ -94,7 +94,7 @@ class SparseLinear(LayerState):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.dense = self.dense_step = False
-        self._call: LayerCall | None = None
+        self._call: LayerCall | DenseCall | None = None
         self.shift_reader: ShiftReader | None = None
         self.bias_group: Tensor | None = None
         self.configure(config or SparsityConfig())
@@ -224,6 +224,8 @@ class SparseLinear(LayerState):
             return output
         tokens = input.shape[:-1]
         if self.is_dense_now(tokens.numel(), input.device):
+            if eager and self._call is None:  # one that was sparse before will be again
+                self._call = DenseCall.after(self, input)
             return self._dense(input)
         output = self.multiply(self._selected(input), self.compute_dtype, tokens)
         if (cast := self._autocast_dtype(input)) is not None:
@@ -356,6 +358,11 @@ class SparseLinear(LayerState):
     def is_dense_now(self, tokens: int, device: torch.device) -> bool:
         """Whether it computes the dense product of so many tokens on ``device``."""
         return self.dense or self.dense_step or (self.small_m == "dense" and tokens < self.least_tokens(device))
+
+    def was_dense(self, x: Tensor) -> bool:
+        """The same for as many tokens as x has, known from an eager call before, which is faster to ask; False says nothing."""
+        call = self._call
+        return isinstance(call, DenseCall) and call.serves(self, x)
 
     def multiply(
         self,

@@ -21,8 +21,10 @@ from torch._dynamo.utils import counters
 
 import rtlynx
 from fused_models import ALL, F32, layers, sparse, unfused
-from rtlynx import RTLynxConfig, SparsityConfig, ops
+from rtlynx import RTLynxConfig, SparsityConfig, linear, ops
 from rtlynx.fusions import fused_layers, fusion, install_fusions, known
+from rtlynx.fusions.feed_forward import FeedForward as FusedFeedForward
+from rtlynx.least_tokens import NEVER
 from tiny_models import output, relative_error
 
 families = pytest.mark.parametrize("family", ALL)
@@ -151,6 +153,25 @@ def test_few_tokens_are_dense(monkeypatch: pytest.MonkeyPatch, taken_in: list[tu
     monkeypatch.setattr("rtlynx.linear.least_tokens", lambda *_: 100)
     output(model, inputs)
     assert len(taken_in) == 3  # not the text's feed-forward
+
+
+def test_what_a_feed_forward_takes_in_is_not_asked_while_it_is_dense(
+    monkeypatch: pytest.MonkeyPatch, taken_in: list[tuple[str, bool]]
+) -> None:
+    asked: list[nn.Module] = []
+    of = FusedFeedForward.fusion
+    monkeypatch.setattr(FusedFeedForward, "fusion", lambda self: asked.append(self) or of(self))
+    monkeypatch.setattr(linear, "least_tokens", lambda *_: NEVER)
+    dense, (model, inputs) = ALL["pixart"].build("cpu", F32), sparse("pixart")
+    feed_forwards = [module for module in model.modules() if isinstance(module, FusedFeedForward)]
+    asked.clear()
+    for _ in range(2):
+        assert torch.equal(output(model, inputs), output(dense, inputs))
+    assert asked == feed_forwards and not taken_in  # in the first call
+    for layer in layers(model):
+        layer.small_m = "sparse"
+    output(model, inputs)
+    assert asked == 2 * feed_forwards and len(taken_in) == len(feed_forwards)
 
 
 @families

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.nn.utils import parametrize
 
 import rtlynx
 from rtlynx import SparseLinear, SparsityConfig, linear
+from rtlynx.layer_call import DenseCall
 from rtlynx.least_tokens import NEVER, _least_tokens, least_tokens
 
 K, N, LEAST = 128, 64, 24
@@ -53,6 +58,128 @@ def test_fewer_tokens_are_exactly_the_linear(shape: tuple[int, ...], sparse: boo
     always = make(SparsityConfig(small_m="sparse"))
     if x.numel():
         assert not torch.equal(always(x), F.linear(x, layer.weight, layer.bias))
+
+
+def densely(layer: SparseLinear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What was asked of `least_tokens`: `LEAST` for the layer as it is made, `NEVER` in bfloat16, and 0 once anything else changed."""
+    asked: list[tuple[object, ...]] = []
+
+    def least(device: torch.device, n: int, k: int, rank: int, dtype: torch.dtype, values_dtype: torch.dtype | None) -> int:
+        asked.append((device.type, rank, dtype, values_dtype))
+        return {("cpu", 16, torch.float32, None): LEAST, ("cpu", 16, torch.bfloat16, None): NEVER}.get(asked[-1], 0)
+
+    monkeypatch.setattr(linear, "least_tokens", least)
+    return asked
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_remembers_that_it_had_too_few_tokens(asked: list[tuple[object, ...]], gradients: bool) -> None:
+    layer = make()
+    with torch.set_grad_enabled(gradients):
+        layer(torch.randn(5, K))
+        assert isinstance(layer._call, DenseCall)
+        asked.clear()
+        for x in (torch.randn(5, K), torch.randn(2, 3, K), torch.randn(K), torch.randn(0, K)):
+            assert torch.equal(layer(x), densely(layer, x))
+        assert not asked
+        many = torch.randn(LEAST, K)
+        assert not torch.equal(layer(many), densely(layer, many))
+        assert asked
+
+
+def test_whatever_the_number_of_tokens_it_is_not_asked(asked: list[tuple[object, ...]]) -> None:
+    layer = make().to(torch.bfloat16)
+    for tokens in (5, 5000):
+        x = torch.randn(tokens, K, dtype=torch.bfloat16)
+        assert torch.equal(layer(x), densely(layer, x))
+    assert set(asked) == {("cpu", 16, torch.bfloat16, None)}
+    with pytest.raises(RuntimeError, match="shapes"):  # as of nn.Linear
+        layer(torch.randn(5, K + 1, dtype=torch.bfloat16))
+
+
+def compact(layer: SparseLinear) -> None:
+    layer.configure(SparsityConfig(precision="fp8"))
+    layer(torch.randn(2, K))
+    layer.become_compact(fitted=False)
+
+
+CHANGES: dict[str, Callable[[SparseLinear], object]] = {
+    "another rank": lambda layer: layer.set_compensation(torch.randn(K, 32), torch.randn(N, 32)),
+    "no branch": lambda layer: layer.set_compensation(),
+    "small_m": lambda layer: setattr(layer, "small_m", "sparse"),
+    "precision": lambda layer: setattr(layer, "precision", "fp8"),
+    "configure": lambda layer: layer.configure(SparsityConfig(precision="fp8")),
+    "float16": lambda layer: layer.to(torch.float16),
+    "weight.data": lambda layer: setattr(layer.weight, "data", layer.weight.data.half()),
+    "another device": lambda layer: layer.to("meta"),
+    "compact": compact,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("asked")
+def test_what_it_remembers_follows_what_it_depends_on(change: str) -> None:
+    layer = make()
+    layer(torch.randn(5, K))
+    remembered = layer._call
+    assert isinstance(remembered, DenseCall)
+    CHANGES[change](layer)
+    x = torch.randn(5, K).to(layer.weight.device, layer.compute_dtype)
+    assert not layer.is_dense_now(5, x.device)
+    assert remembered(layer, x) is None
+    if change != "weight.data" and not x.is_meta:  # its other tensors are of the old dtype
+        layer.update_prepared()
+        assert torch.equal(layer(x), layer.multiply(layer._selected(x), x.dtype, x.shape[:-1]))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("asked")
+def test_a_layer_that_is_told_to_be_dense_remembers_nothing() -> None:
+    few, many = torch.randn(5, K), torch.randn(LEAST, K)
+    for told in ("dense", "dense_step"):
+        layer = make()
+        setattr(layer, told, True)
+        for x in (few, many):
+            assert torch.equal(layer(x), densely(layer, x))
+        assert layer._call is None
+        setattr(layer, told, False)
+        assert torch.equal(layer(few), densely(layer, few)) and not torch.equal(layer(many), densely(layer, many))
+        layer(few)
+        assert isinstance(layer._call, DenseCall)
+        setattr(layer, told, True)
+        assert torch.equal(layer(many), densely(layer, many))
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("asked")
+def test_copies_and_plain_layers_remember_nothing() -> None:
+    layer, x = make(), torch.randn(5, K)
+    layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), SparseLinear.from_linear(layer)):
+        assert twin._call is None
+    assert "_call" not in layer.to_linear().__dict__
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.usefixtures("asked")
+def test_a_weight_that_something_else_holds_is_still_the_weight(name: str) -> None:
+    layer, x = make(), torch.randn(5, K)
+    layer(x)
+    parametrize.register_parametrization(layer, name, Doubled())
+    held = {"weight": layer.weight, "bias": layer.bias}
+    assert name not in layer._parameters and torch.equal(layer(x), F.linear(x, **held))
 
 
 @pytest.mark.usefixtures("threshold")

@@ -108,7 +108,7 @@ def sparse_call(layer: SparseLinear, x: Tensor) -> Timed:
         InvalidArgumentError: The call before was not remembered.
     """
     call = layer._call
-    if call is None:
+    if not isinstance(call, layer_call.LayerCall):
         raise InvalidArgumentError("bench host", "torch", torch.__version__, "one whose dispatch keys `rtlynx.direct` can read")
     core, m, n = call._core, x.shape[:-1].numel(), layer.out_features
     stream, output, workspace = launch.stream(x.get_device()), x.new_empty((*x.shape[:-1], n)), call._workspace(x, m)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models import activations, attention
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ class FeedForward(attention.FeedForward):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As diffusers has it."""
-        fusion = None if args or kwargs else FeedForward.fusion(self)
+        fusion = None if args or kwargs or _was_dense(self, hidden_states) else FeedForward.fusion(self)
         if fusion is None or not fusion.pays(hidden_states.shape[:-1].numel(), hidden_states.device):
             return _forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         output = _activated_output(self, fusion, hidden_states)
@@ -47,7 +48,8 @@ def add_gated_output(residual: Tensor, gate: Tensor, ff: Any, x: Tensor) -> Tens
         ff: A feed-forward of a model with fusions, diffusers' or another.
         x: ``(B, S, C)``.
     """
-    fusion: Fusion | None = ff.fusion() if plain(ff, FeedForward) and all(map(inactive, ff.net[3:])) else None
+    known = plain(ff, FeedForward) and not _was_dense(ff, x) and all(map(inactive, ff.net[3:]))
+    fusion: Fusion | None = ff.fusion() if known else None
     if fusion is None or gate.dim() != 2 or not fusion.pays(x.shape[:-1].numel(), x.device):
         return add_gated(residual, gate, ff(x))
     return _activated_output(ff, fusion, x, residual, gate.type_as(residual))
@@ -61,6 +63,14 @@ def _activated_output(
     if fusion.activation == "silu_gate":
         gate, x = x.chunk(2, dim=-1)
     return fusion.layer.select_activated(x, fusion.activation, gate, residual=residual, residual_gate=residual_gate)
+
+
+def _was_dense(ff: Any, x: Tensor) -> bool:
+    """Whether an eager call of the last linear with as many tokens as x has is known to be dense, so that nothing else has to be asked."""
+    if torch.compiler.is_compiling():
+        return False
+    _, _, last, *_ = ff.net
+    return type(last) is SparseLinear and last.was_dense(x)
 
 
 def _activation(first: nn.Module) -> Activation | None:
