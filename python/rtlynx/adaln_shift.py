@@ -9,9 +9,11 @@ where the Lloyd shift m and Z, which is of X - shift, are fitted to what is left
 says (`rtlynx.recipes.recipe.Modulation`). Any vector would leave the dense function as it is, so a shift that an adapter has changed since
 costs a little accuracy and nothing else.
 
-Hooks around the layers do it, in passes of their own; fused blocks call those layers as they are, hooks and all. What a modulation layer
-has made is known while its block runs. A layer that is called alone, as by calibration, is given what is shifted already: no shift is known
-to be part of that, unless `shift_in_input` says so.
+Hooks around the layers do it; fused blocks call those layers as they are, hooks and all. In eager code without gradients the hooks leave
+it to the layer, whose selection takes the shift away as it reads X, and which adds shift · Wᵀ with its bias where all tokens are of one
+sample (`ShiftReader.output`). Elsewhere both are passes of their own, which compiled code fuses with their neighbours. What a modulation
+layer has made is known while its block runs. A layer that is called alone, as by calibration, is given what is shifted already: no shift is
+known to be part of that, unless `shift_in_input` says so.
 """
 
 from __future__ import annotations
@@ -144,14 +146,15 @@ class _Shifts:
         self.parts = parts
         self.now: tuple[Tensor, ...] = ()
         self.last: tuple[Tensor, Tensor] | None = None  # an input, and that without its shift
+        self.norm: tuple[Tensor, Tensor, Tensor] | None = None  # a shift, and what takes it away as a norm
 
     def remember(self, producer: nn.Module, args: object, modulation: Tensor) -> None:
         self.now = modulation.chunk(self.parts, -1) if modulation.dim() == 2 else ()
-        self.last = None
+        self.last = self.norm = None
 
     def forget(self, *_: object) -> None:
         """At the block's end: nothing stays in memory, and compiled blocks do not return it."""
-        self.now, self.last = (), None
+        self.now, self.last, self.norm = (), None, None
 
     def of(self, part: int, x: Tensor) -> Tensor | None:
         """The shift that is part of x; None where none is known to be."""
@@ -164,6 +167,13 @@ class _Shifts:
             self.last = x, x - shift.unsqueeze(1)
         return self.last[1]
 
+    def as_norm(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Statistics and bias of the norm of x that is ``x - shift``, of the same shift the same tensors, for the same reason."""
+        if self.norm is None or self.norm[0] is not shift or len(self.norm[1]) != x.shape[0] * x.shape[1]:
+            mean_0_rstd_1 = torch.full((x.shape[0] * x.shape[1],), 1j, dtype=torch.complex64, device=x.device)
+            self.norm = shift, torch.view_as_real(mean_0_rstd_1), -shift
+        return self.norm[1:]
+
 
 class ShiftReader:
     """The hooks around one layer, and around the one it may be fused into.
@@ -171,10 +181,11 @@ class ShiftReader:
     Attributes:
         shifts: What is known of the shifts of the layer's block.
         though_dense: See `shifted_though_dense`.
+        left_to_layer: Whether the call that runs is to ask for `output`.
     """
 
     def __init__(self, shifts: _Shifts, part: int) -> None:
-        self.though_dense = False
+        self.though_dense = self.left_to_layer = False
         self.shifts, self._part = shifts, part
         self._taken: Tensor | None = None  # from the input of the call that runs
         self._layers: list[SparseLinear] = []
@@ -201,10 +212,27 @@ class ShiftReader:
         # A dense layer's output is that of the dense model, to the bit.
         dense = layer.dense_step or (layer.is_dense_now(x.shape[:-1].numel(), x.device) and not self.though_dense)
         self._taken = None if dense else self.shifts.of(self._part, x)
-        if self._taken is None:
+        self.left_to_layer = self._taken is not None and self._layer_can(layer, x)
+        if self._taken is None or self.left_to_layer:
             return None
         x = self.shifts.without(x, self._taken)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+    @staticmethod
+    def _layer_can(layer: SparseLinear, x: Tensor) -> bool:
+        # Not for who watches inputs: calibration and others want what is selected from.
+        alone = len(layer._forward_pre_hooks) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return alone and layer.takes_norm(x.shape[:-1].numel(), x.device)
+
+    def output(self, layer: SparseLinear, x: Tensor) -> Tensor:
+        """What ``layer`` gives for x in the call that is left to it: to be asked once, within its `forward`."""
+        from rtlynx.sharing import select_normed  # which is built on fused projections, and those on this
+
+        assert self._taken is not None
+        shift, self._taken, self.left_to_layer = self._taken, None, False
+        stats, bias = self.shifts.as_norm(x, shift)
+        selected = select_normed(layer, x, stats, None, bias)
+        return layer.multiply(selected, x.dtype, x.shape[:-1], shift=shift)
 
     def _give_back(self, layer: SparseLinear, args: object, output: Tensor) -> Tensor | None:
         shift, self._taken = self._taken, None

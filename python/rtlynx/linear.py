@@ -220,6 +220,8 @@ class SparseLinear(LayerState):
             InvalidArgumentError: The input does not fit.
         """
         eager = not torch.compiler.is_compiling()
+        if eager and (reader := self.shift_reader) is not None and reader.left_to_layer:
+            return reader.output(self, input)
         if eager and (call := self._call) is not None and (output := call(self, input)) is not None:
             return output
         tokens = input.shape[:-1]
@@ -344,16 +346,19 @@ class SparseLinear(LayerState):
         return selection_norms(device)
 
     def _dense(self, input: Tensor) -> Tensor:
+        return self._dense_product(input, self.bias)
+
+    def _dense_product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         buffers = self._buffers
         scale, permutation = buffers["compact_scale"], buffers["permutation"]
         if scale is None:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.weight, bias)
         if buffers["compact_fitted"] is not None:
             got = "a dense product of a compact layer, whose weight was fitted for sparse products"
             raise InvalidArgumentError("SparseLinear", "dense", got, "a sparse one")
         if permutation is not None:  # a compact layer's weight has its columns in the gathered order
             input = input.index_select(-1, permutation)
-        return F.linear(input, dequantized_weight(self.weight, scale, input.dtype), self.bias)
+        return F.linear(input, dequantized_weight(self.weight, scale, input.dtype), bias)
 
     def is_dense_now(self, tokens: int, device: torch.device) -> bool:
         """Whether it computes the dense product of so many tokens on ``device``."""
@@ -371,6 +376,7 @@ class SparseLinear(LayerState):
         tokens: torch.Size,
         residual: Tensor | None = None,
         gate: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor:
         """The product and all that is added to it, of a selection as this layer would make it.
 
@@ -380,6 +386,8 @@ class SparseLinear(LayerState):
             tokens: The leading dimensions of the output and of the residual; their product is M.
             residual: ``(*tokens, N)``: what the output, times the gate, is added to.
             gate: ``(B, N)``, each row for the next M / B tokens.
+            shift: ``(B, K)``, B the first of `tokens`: what was taken away from each sample's tokens before they were selected from;
+                ``shift · Wᵀ`` is added. None with a residual.
 
         Returns:
             ``(*tokens, N)``.
@@ -388,6 +396,10 @@ class SparseLinear(LayerState):
         weight, weight_scale = self.multiplied_weight()
         comp_up = self.comp_up  # an attribute that is a parameter is slow to read: each once
         rows = None if residual is None or not in_product(residual) else _rows(residual)
+        bias = self.added_bias()
+        of_shift = None if shift is None else self._dense_product(shift, bias)
+        if of_shift is not None:
+            bias = of_shift[0] if len(of_shift) == 1 else None
         output = ops.sparse_linear(
             values,
             metadata,
@@ -395,7 +407,7 @@ class SparseLinear(LayerState):
             row_scale if self.norm_compensation else None,
             None if comp_up is None else branch,
             comp_up,
-            self.added_bias(),
+            bias,
             weight_scale,
             dtype if weight_scale is not None else None,
             "none",
@@ -403,6 +415,8 @@ class SparseLinear(LayerState):
             None if rows is None or gate is None else gate.contiguous(),
         )
         output = output if len(tokens) == 1 else output.view(*tokens, self.out_features)
+        if of_shift is not None and len(of_shift) > 1:
+            output += of_shift.unsqueeze(1)
         return added(output, residual, gate) if rows is None else output
 
     def multiplied_weight(self) -> tuple[Tensor, Tensor | None]:

@@ -77,6 +77,31 @@ def test_what_is_selected_from_has_no_shift_and_is_shared(selections: list[Tenso
     torch.testing.assert_close(selections[0], before[0] - shift)  # q, k and v of the image, which are the first
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_selection_takes_the_shift_away_as_a_pass_before_it_would(rank: int, samples: int, selections: list[Tensor]) -> None:
+    model, _, _ = modulated("flux", SparsityConfig(rank=rank, branch="dropped" if rank else "none", small_m="sparse", adaln_shift=True))
+    names = [f"transformer_blocks.0.attn.to_{kind}" for kind in "qkv"]
+    layers = [adaln_layers(model)[name] for name in names]
+    x, shift = torch.randn(samples, 5, 128), torch.randn(samples, 128)
+    down = torch.randn(128, rank) if rank else None
+    for layer in layers:
+        up = torch.randn(layer.out_features, rank) if rank else None
+        layer.set_compensation(down, up, comp_bias=torch.randn(layer.out_features))
+    with shift_in_input(layers, shift):
+        got = [layer(x) for layer in layers]
+    (once,) = selections
+    assert torch.equal(once, (x - shift.unsqueeze(1)).flatten(0, 1))
+    watched = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layers]
+    seen: list[Tensor] = []
+    with shift_in_input(layers, shift):
+        want = [layer(x) for layer in layers]
+    assert all(torch.equal(one, x - shift.unsqueeze(1)) for one in seen) and len(seen) == len(watched)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert torch.equal(selections[1], once) and len(selections) == 2
+
+
 def test_a_layer_alone_is_not_shifted() -> None:
     model, inputs, _ = modulated("flux", SHIFTED)
     output(model, inputs)
