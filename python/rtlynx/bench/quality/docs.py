@@ -80,7 +80,8 @@ def _main_table(rows: Sequence[Row], intervals: Sequence[Row]) -> str:
         for row in intervals
         if row["figure"].endswith("_minus_dense")
     }
-    dense_ms = next((float(row["layer_ms"]) for row in rows if row["method"] == "dense" and row["layer_ms"]), None)
+    dense_row_ms = next((float(row["layer_ms"]) for row in rows if row["method"] == "dense" and row["layer_ms"]), None)
+    in_turns = {_key(row): float(row["value"]) for row in intervals if row["figure"] == "dense_layer_ms"}
 
     def cell(row: Row, figure: str, scale: float, digits: int) -> str:
         if not row.get(figure):
@@ -97,8 +98,10 @@ def _main_table(rows: Sequence[Row], intervals: Sequence[Row]) -> str:
         return f"{scale * value:+.{digits}f} ({_span(span, scale, digits)})"
 
     def time(row: Row) -> str:
+        """With its share of the dense layers' time that was measured in turns with it, else of the dense row's."""
         if not row["layer_ms"]:
             return "–"
+        dense_ms = in_turns.get(_key(row), dense_row_ms)
         of_dense = f" ({float(row['layer_ms']) / dense_ms:.0%})" if dense_ms else ""
         return f"{float(row['layer_ms']):.2f}{of_dense}"
 

@@ -140,12 +140,16 @@ def _printed(value: Any) -> Any:
 
 
 def _intervals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {**{key: row[key] for key in COLUMNS[:4]}, "figure": figure, "value": row[figure][0], "low": row[figure][1], "high": row[figure][2]}
-        for row in rows
-        for figure in _WITH_INTERVALS
-        if row[figure] is not None
-    ]
+    """Figures with their intervals, and one that has none: the dense layers' time that each row's `layer_ms` is to be divided by."""
+    lines = []
+    for row in rows:
+        key = {key: row[key] for key in COLUMNS[:4]}
+        spans = {figure: row[figure] for figure in _WITH_INTERVALS}
+        spans["dense_layer_ms"] = None if (ms := row.get("dense_layer_ms")) is None else (ms, None, None)  # older rows lack it
+        for figure, span in spans.items():
+            if span is not None:
+                lines.append({**key, "figure": figure, "value": span[0], "low": span[1], "high": span[2]})
+    return lines
 
 
 def _paired(file: Mapping[str, Any]) -> list[dict[str, Any]]:
