@@ -311,6 +311,21 @@ def test_several_processes_add_to_one_file(measured: dict[str, dict[str, object]
         assert CliRunner().invoke(app, ["bench", "quality", "--part", part, "--device", "cpu", "--out", str(tmp_path)]).exit_code == 2
 
 
+def test_a_model_that_was_trained_again_is_not_mixed_with_the_one_before(measured: dict[str, Any], tmp_path: Path) -> None:
+    before, now, other = {"prompts": 3}, {"prompts": 3, "fingerprint": "a"}, {"prompts": 3, "fingerprint": "b"}
+    Results(tmp_path, "new", now).add("dense", measured["dense"], [])
+    Results(tmp_path, "new", now).add("naive", measured["naive"], [])
+    for settings, changed in ((other, "another fingerprint"), (before, "another fingerprint")):
+        with pytest.raises(InvalidArgumentError, match=changed):
+            Results(tmp_path, "new", settings)
+    Results(tmp_path, "old", before).add("dense", measured["dense"], [])  # a file of before fingerprints
+    Results(tmp_path, "old", now).add("naive", measured["naive"], [])
+    stored = json.loads((tmp_path / "quality-old.json").read_text())
+    assert stored["settings"] == before and list(stored["rows"]) == ["dense", "naive"]
+    with pytest.raises(InvalidArgumentError, match="another prompts"):
+        Results(tmp_path, "old", {**now, "prompts": 4})
+
+
 def test_every_run_that_added_rows_is_named(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:
     for name, commit in (("naive", "aaa"), ("split", "bbb"), ("dense", "bbb")):
         Results(tmp_path, "tiny", {"prompts": 3}).add(name, measured[name], ["gpu: none", f"commit {commit}"])
@@ -415,6 +430,13 @@ def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time
     assert read_recipe(recipe) == SparsityConfig.from_dict(stored["searched_work/shift/16"]["recipe"])
     broken.clear()
     assert CliRunner().invoke(app, arguments).exit_code == 0
+    again = tiny_pipeline()
+    with torch.no_grad():
+        next(iter(sparse_layers(rtlynx.apply(again).transformer).values())).weight.mul_(2)
+    rtlynx.remove(again).save_pretrained(tmp_path / "again" / "mine" / "pipeline")
+    SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME).save(tmp_path / "again" / "mine" / "pipeline" / FILE_NAME)
+    retrained = CliRunner().invoke(app, [*arguments, "--model", str(tmp_path / "again" / "mine" / "pipeline")])
+    assert retrained.exit_code == 2 and "fingerprint" in retrained.output
     rows = json.loads((out / "cpu" / "quality-mine.json").read_text())["rows"]
     assert set(rows) == {*stored, "naive/magnitude/0"} and rows["searched_work/shift/16"] == stored["searched_work/shift/16"]
 

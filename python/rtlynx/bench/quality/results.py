@@ -27,6 +27,7 @@ _WITH_INTERVALS = (
     "attribute_accuracy_minus_dense",
 )
 
+_FINGERPRINT = "fingerprint"
 _AGAINST = (
     ("paper_trained", "magnitude"),
     ("split", "shift"),
@@ -44,7 +45,8 @@ class Results:
     Args:
         folder: For all files, e.g. ``benches/results/nvidia-h200``.
         model: Its name in the tables.
-        settings: What the figures depend on.
+        settings: What the figures depend on; ``fingerprint`` among them tells models of one name apart. Files of before it was stored are
+            gone on with, and stay without it: nobody knows which weights their rows are of.
 
     Raises:
         InvalidArgumentError: The file holds rows measured under other settings.
@@ -53,24 +55,27 @@ class Results:
     def __init__(self, folder: Path, model: str, settings: Mapping[str, Any]) -> None:
         self.folder, self.path = folder, folder / f"quality-{model}.json"
         self.model, self.settings = model, json.loads(json.dumps(settings))
-        self.rows, _ = self._stored()
+        self.rows = self._stored()["rows"]
 
-    def _stored(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    def _stored(self) -> dict[str, Any]:
+        """The file: settings, header and rows."""
         if not self.path.is_file():
-            return {}, []
-        stored = json.loads(self.path.read_text())
-        if stored["settings"] != self.settings:
-            changed = [key for key in self.settings if stored["settings"].get(key) != self.settings[key]]
+            return {"settings": self.settings, "header": [], "rows": {}}
+        stored: dict[str, Any] = json.loads(self.path.read_text())
+        before = stored["settings"]
+        wanted = {key: value for key, value in self.settings.items() if key != _FINGERPRINT or key in before}
+        if before != wanted:
+            changed = [key for key in {**wanted, **before} if key not in wanted or before.get(key) != wanted[key]]
             got = f"{self.path} measured with another {', '.join(changed)}"
             raise InvalidArgumentError("bench quality", "out", got, "another folder, or no such file: remove it to measure anew")
-        return stored["rows"], stored["header"]
+        return stored
 
     def add(self, key: str, row: Mapping[str, Any], header: Iterable[str]) -> None:
         """Keep a row, beside those that other processes and runs before have added, and write all files; the header names each of them."""
         with _alone_in(self.folder):
-            rows, before = self._stored()
-            self.rows = {**rows, key: {"model": self.model, **row}}
-            write_json(self.path, {"settings": self.settings, "header": list(dict.fromkeys([*before, *header])), "rows": self.rows})
+            stored = self._stored()
+            self.rows = {**stored["rows"], key: {"model": self.model, **row}}
+            write_json(self.path, {**stored, "header": list(dict.fromkeys([*stored["header"], *header])), "rows": self.rows})
             write_tables(self.folder)
 
 
