@@ -23,7 +23,7 @@ import rtlynx
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
 from rtlynx.adaln_shift import adaln_layers
 from rtlynx.bench.quality import longer
-from rtlynx.bench.quality.docs import BEGIN, END, write_docs
+from rtlynx.bench.quality.docs import BEGIN, END, draw_searches, write_docs
 from rtlynx.bench.quality.judge import Judge
 from rtlynx.bench.quality.layer_time import layer_calls, layers_ms
 from rtlynx.bench.quality.pruning import pruned_weights
@@ -397,6 +397,16 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     Results(tmp_path, "other", {"prompts": 3}).add("dense", measured["dense"], [])
     text = (tmp_path / "quality.csv").read_text()
     assert "\nother,dense," in text and "\ntiny,dense," in text
+
+
+def test_searches_by_time_are_drawn(measured: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="it draws the picture")
+    points = [{"name": name, "time": 2.0 * share, "share": share, "predicted": 0.1, "measured": 0.2} for name, share in (("found", 0.8),)]
+    for method, times in (("searched", "measured on a GPU"), ("searched_work", "counted as work, in TFLOP")):
+        row = {**measured["split"], "method": method, "search": {"times": times, "points": points}}
+        Results(tmp_path, "tiny", {}).add(method, row, [])
+    assert draw_searches(tmp_path) == [tmp_path / "pareto-tiny-searched.svg"]
+    assert (tmp_path / "pareto-tiny-searched.svg").read_text().lstrip().startswith("<?xml")
 
 
 def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
