@@ -61,7 +61,7 @@ def test_the_bench_runs_layers_that_share_on_their_share_of_tokens(calls: list[t
         return LayerInput({name: layers[name] for name in names}, Samples(x, torch.zeros(100, dtype=torch.int32)), seen)
 
     taken = layers_ms([read_by("ab", 100), read_by("c", 25)], 1000, repeats=1)
-    assert taken is not None and taken > 0
+    assert taken is not None and min(taken) > 0
     assert calls.count((1000, 0)) == 2 * calls.count((250, 0)) > 0 and set(calls) == {(1000, 0), (250, 0)}
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import rtlynx
-from rtlynx import SparseLinear
+from rtlynx import InvalidArgumentError, SparseLinear
 from rtlynx.bench.breakdown import KINDS, apart, kind, milliseconds_by_kind
 from rtlynx.bench.calibration import CalibrationTimes, measure_calibration
 from rtlynx.bench.models import MODELS, BenchModel
@@ -286,24 +286,35 @@ def test_calibration_of_every_model(name: str) -> None:
 
 def test_an_interrupted_calibration_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(
-        model: BenchModel, device: torch.device, *, method: str, rank: int, prompts: int, steps: int, memory: int | None
+        model: BenchModel,
+        device: torch.device,
+        *,
+        method: str,
+        selection: tuple[str, ...],
+        rank: int,
+        prompts: int,
+        steps: int,
+        memory: int | None,
     ) -> CalibrationTimes:
-        assert memory == 3 << 29
+        assert memory == 3 << 29 and selection == ("shift", "permutation")
         if method == "joint":
             raise KeyboardInterrupt
-        return CalibrationTimes(model.name, 1024, 1024, method, "shift", rank, 304, prompts, steps, 1, 10.0, 6.0, 4.0, 50.0)
+        return CalibrationTimes(model.name, 1024, 1024, method, "+".join(selection), rank, 304, prompts, steps, 1, 10.0, 6.0, 4.0, 50.0)
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("rtlynx.cli.bench_calibrate.require_gpu", lambda: None)
     monkeypatch.setattr("rtlynx.bench.machine.gpu_slug", lambda: "a-gpu")
     monkeypatch.setattr("rtlynx.bench.machine.describe", lambda command, *_: [f"command: {command}"])
     monkeypatch.setattr("rtlynx.bench.calibration.measure_calibration", measure)
+    wanted: dict[str, Any] = {"random_weights": True, "method": ["split", "paper", "joint"], "memory": 1.5, "out": tmp_path}
+    with pytest.raises(InvalidArgumentError, match="shifts"):
+        bench_calibrate.calibrate("z-image", selection="shifts", **wanted)
     with pytest.raises(KeyboardInterrupt):
-        bench_calibrate.calibrate("z-image", random_weights=True, method=["split", "paper", "joint"], memory=1.5, out=tmp_path)
+        bench_calibrate.calibrate("z-image", selection="shift,permutation", **wanted)
     header, *lines = (tmp_path / "a-gpu" / "calibration.csv").read_text().splitlines()
     assert (
         header.startswith("# command: rtlynx bench calibrate --model z-image")
-        and "--method joint" in header
+        and "--method joint --rank 64 --selection shift,permutation --prompts 32" in header
         and header.endswith("--memory 1.5")
     )
     assert [row["method"] for row in csv.DictReader(lines)] == ["split", "paper"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -22,9 +23,9 @@ import rtlynx
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
 from rtlynx.adaln_shift import adaln_layers
 from rtlynx.bench.quality import longer
-from rtlynx.bench.quality.docs import BEGIN, END, write_docs
+from rtlynx.bench.quality.docs import BEGIN, END, draw_searches, write_docs
 from rtlynx.bench.quality.judge import Judge
-from rtlynx.bench.quality.layer_time import layer_calls
+from rtlynx.bench.quality.layer_time import layer_calls, layers_ms
 from rtlynx.bench.quality.pruning import pruned_weights
 from rtlynx.bench.quality.results import COLUMNS, Results
 from rtlynx.bench.quality.rows import Row, recipe_row, rows
@@ -91,7 +92,7 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
     assert measured["split_last"]["velocity_by_step"][2] == 0 < measured["split"]["velocity_by_step"][2]  # type: ignore[index]
     dense = {name for name, error in measured["searched"]["layer_rel_err"].items() if error == 0}  # type: ignore[attr-defined]
     assert len(dense) == 12 and all(name.startswith("transformer_blocks") for name in dense)
-    assert all(row["layer_ms"] is None for row in measured.values())  # no GPU, no time
+    assert all(row["layer_ms"] is row["dense_layer_ms"] is None for row in measured.values())  # no GPU, no time
     json.dumps(measured)
 
 
@@ -112,7 +113,7 @@ def test_layers_that_adaln_feeds_are_timed_with_what_is_done_around_them(bench: 
             hooks.callback(handle.remove)
         fed = adaln_layers(bench.pipe.transformer)
         for input in bench._samples_of(True)[0]:
-            call = layer_calls(input, rows, samples)
+            call, _ = layer_calls(input, rows, samples)
             call()
             first = {layer: seen[layer] for layer in input.layers.values()}
             assert len({id(left) for left, _ in first.values()}) == 1  # q, k and v read one tensor
@@ -134,11 +135,78 @@ def test_layers_that_adaln_feeds_are_timed_with_what_is_done_around_them(bench: 
 
 def test_times_are_of_what_the_layers_of_a_row_read(bench: QualityBench, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("rtlynx.bench.quality.run.layers_ms", lambda *arguments: asked.append(arguments) or 3.0)
-    assert bench.measure(Row("dense"))["layer_ms"] == bench.measure(ADALN)["layer_ms"] == 3.0
-    assert bench.measure(Row("wanda", pruning="wanda"))["layer_ms"] is None
+    monkeypatch.setattr("rtlynx.bench.quality.run.layers_ms", lambda *arguments: asked.append(arguments) or (3.0, 4.0))
+    for row in (bench.measure(Row("dense")), bench.measure(ADALN)):
+        assert (row["layer_ms"], row["dense_layer_ms"]) == (3.0, 4.0)
+    wanda = bench.measure(Row("wanda", pruning="wanda"))
+    assert wanda["layer_ms"] is wanda["dense_layer_ms"] is None
     sizes, left = (SETTINGS.batch * TOKENS, SETTINGS.batch), bench._samples_of(True)[0]
     assert asked == [(bench.inputs, *sizes), (left, *sizes)] and bench.inputs is not left
+
+
+@pytest.mark.parametrize(
+    ("row", "ms"),
+    [
+        (Row("fewer", steps=0.67), 3.0 * 2 / 3),  # 2 of 3 steps
+        (Row("split_first", Fit("split", 8, ("shift",)), dense_first=0.3), 3.0 * 1 / 3 + 2.0 * 2 / 3),
+        (Row("split_last", Fit("split", 8, ("shift",)), dense_last=0.34), 3.0 * 1 / 3 + 2.0 * 2 / 3),
+    ],
+)
+def test_times_are_means_over_the_steps(bench: QualityBench, row: Row, ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtlynx.bench.quality.run.layers_ms", lambda *_: (3.0 if row.fit is None else 2.0, 3.0))
+    assert bench._layer_ms(row) == (pytest.approx(ms), 3.0)
+
+
+class _OnGpu(Tensor):
+    """Of the CPU, but says otherwise: what is timed can then be looked at without a GPU."""
+
+    device = torch.device("cuda")
+
+
+def _timed(inputs: list[LayerInput], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], tuple[float, float]]:
+    """What `layers_ms` has timed, by name, and what it makes of 1, 2, 4, … ms for these."""
+    functions: dict[str, Any] = {}
+
+    def timed(given: Mapping[str, Any], *_: object, **__: object) -> dict[str, float]:
+        functions.update(given)
+        return {name: 2.0**i for i, name in enumerate(given)}
+
+    monkeypatch.setattr("rtlynx.bench.quality.layer_time.time_interleaved", timed)
+    on_gpu = [replace(input, samples=SimpleNamespace(x=input.samples.x.as_subclass(_OnGpu))) for input in inputs]  # type: ignore[arg-type]
+    taken = layers_ms(on_gpu, 6, 2)
+    assert taken is not None
+    return functions, taken
+
+
+@pytest.mark.parametrize(
+    ("row", "dense"),
+    [
+        (Row("dense"), 17),
+        (Row("split", Fit("split", 8, ("shift",))), 0),
+        (Row("split", Fit("split", 8, ("shift",)), skip=True), None),
+        (ADALN, 0),
+    ],
+)
+def test_dense_layers_take_turns_with_those_of_a_row(
+    bench: QualityBench, row: Row, dense: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bench._as(row):
+        inputs = bench._samples_of(row.adaln)[0]
+        functions, taken = _timed(inputs, monkeypatch)
+        already = [input for input in inputs if all(layer.dense for layer in input.layers.values())]
+        assert dense is None or sum(len(input.layers) for input in already) == dense
+        names = {f"{input.name}{kind}" for input in inputs for kind in ("", ", dense") if not kind or input not in already}
+        assert functions.keys() == names
+        times = {name: 2.0**i for i, name in enumerate(functions)}
+        assert taken == (sum(times[i.name] for i in inputs), sum(times.get(f"{i.name}, dense", times[i.name]) for i in inputs))
+        products: list[tuple[int, Tensor]] = []
+        linear = F.linear
+        monkeypatch.setattr(F, "linear", lambda x, weight, bias: products.append((x.shape[-1], weight)) or linear(x, weight, bias))
+        for input in inputs:
+            if input not in already:
+                products.clear()
+                functions[f"{input.name}, dense"]()
+                assert [weight for _, weight in products] == [layer.weight for layer in input.layers.values()]  # and nothing else
 
 
 def test_rows_have_keys_of_their_own_and_every_method_has_one() -> None:
@@ -243,6 +311,21 @@ def test_several_processes_add_to_one_file(measured: dict[str, dict[str, object]
         assert CliRunner().invoke(app, ["bench", "quality", "--part", part, "--device", "cpu", "--out", str(tmp_path)]).exit_code == 2
 
 
+def test_a_model_that_was_trained_again_is_not_mixed_with_the_one_before(measured: dict[str, Any], tmp_path: Path) -> None:
+    before, now, other = {"prompts": 3}, {"prompts": 3, "fingerprint": "a"}, {"prompts": 3, "fingerprint": "b"}
+    Results(tmp_path, "new", now).add("dense", measured["dense"], [])
+    Results(tmp_path, "new", now).add("naive", measured["naive"], [])
+    for settings, changed in ((other, "another fingerprint"), (before, "another fingerprint")):
+        with pytest.raises(InvalidArgumentError, match=changed):
+            Results(tmp_path, "new", settings)
+    Results(tmp_path, "old", before).add("dense", measured["dense"], [])  # a file of before fingerprints
+    Results(tmp_path, "old", now).add("naive", measured["naive"], [])
+    stored = json.loads((tmp_path / "quality-old.json").read_text())
+    assert stored["settings"] == before and list(stored["rows"]) == ["dense", "naive"]
+    with pytest.raises(InvalidArgumentError, match="another prompts"):
+        Results(tmp_path, "old", {**now, "prompts": 4})
+
+
 def test_every_run_that_added_rows_is_named(measured: dict[str, dict[str, object]], tmp_path: Path) -> None:
     for name, commit in (("naive", "aaa"), ("split", "bbb"), ("dense", "bbb")):
         Results(tmp_path, "tiny", {"prompts": 3}).add(name, measured[name], ["gpu: none", f"commit {commit}"])
@@ -272,7 +355,7 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     assert len(list(groupby(selections))) == len(set(selections))  # rows of one selection together
     assert table[0]["velocity_rel_err"] == "0" and table[0]["psnr_db"] == "" and float(table[4]["psnr_db"]) > 0
     intervals = list(csv.DictReader((tmp_path / "quality_intervals.csv").read_text().splitlines()[2:]))
-    assert all(float(row["low"]) <= float(row["high"]) for row in intervals)
+    assert all(float(row["low"]) <= float(row["high"]) for row in intervals) and "dense_layer_ms" not in {x["figure"] for x in intervals}
     paired = list(csv.DictReader((tmp_path / "quality_paired.csv").read_text().splitlines()[2:]))
     found = {(row["method"], row["figure"]): row for row in paired if row["against"] == "split/shift/8" and row["rank"] != "16"}
     assert float(found["naive", "velocity_rel_err"]["low"]) > 0 and float(found["naive", "psnr_db"]["high"]) < 0
@@ -294,6 +377,13 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
         assert "stale" not in text and text.endswith(f"{END}\nThe end.\n") and "- gpu: none" in text
         assert text.count("\n| naive | magnitude | 0 |") == 3 and "| 3.00 |" in text  # figures, differences, layers
         assert "\n| naive | magnitude | 0 | **+" in text
+    Results(tmp_path, "tiny", {"prompts": 3}).add("naive", {**with_time, "dense_layer_ms": 2.0}, ["gpu: none"])
+    Results(tmp_path, "tiny", {"prompts": 3}).add("dense", {**measured["dense"], "layer_ms": 2.4, "dense_layer_ms": 2.4}, ["gpu: none"])
+    before = {key: value for key, value in measured["split"].items() if key != "dense_layer_ms"}
+    Results(tmp_path, "tiny", {"prompts": 3}).add("split", {**before, "layer_ms": 3.0}, ["gpu: none"])  # as older rows are
+    write_docs([tmp_path], page)
+    of_dense = {line.split(" | ")[0]: line.split(" | ")[-1] for line in page.read_text().splitlines() if "%) |" in line}
+    assert of_dense == {"| dense": "2.40 (100%) |", "| naive": "3.00 (150%) |", "| split": "3.00 (125%) |"}
     other = tmp_path / "another-gpu"
     Results(other, "tiny", {"prompts": 3}).add("naive", {**with_time, "frechet_minus_dense": (12.34, -1.0, 25.0)}, ["gpu: another"])
     assert CliRunner().invoke(app, ["bench", "quality-docs", str(tmp_path), str(other), "--page", str(page)]).exit_code == 0
@@ -307,6 +397,16 @@ def test_results_are_written_after_every_row_and_taken_up_again(measured: dict[s
     Results(tmp_path, "other", {"prompts": 3}).add("dense", measured["dense"], [])
     text = (tmp_path / "quality.csv").read_text()
     assert "\nother,dense," in text and "\ntiny,dense," in text
+
+
+def test_searches_by_time_are_drawn(measured: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="it draws the picture")
+    points = [{"name": name, "time": 2.0 * share, "share": share, "predicted": 0.1, "measured": 0.2} for name, share in (("found", 0.8),)]
+    for method, times in (("searched", "measured on a GPU"), ("searched_work", "counted as work, in TFLOP")):
+        row = {**measured["split"], "method": method, "search": {"times": times, "points": points}}
+        Results(tmp_path, "tiny", {}).add(method, row, [])
+    assert draw_searches(tmp_path) == [tmp_path / "pareto-tiny-searched.svg"]
+    assert (tmp_path / "pareto-tiny-searched.svg").read_text().lstrip().startswith("<?xml")
 
 
 def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,6 +440,13 @@ def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time
     assert read_recipe(recipe) == SparsityConfig.from_dict(stored["searched_work/shift/16"]["recipe"])
     broken.clear()
     assert CliRunner().invoke(app, arguments).exit_code == 0
+    again = tiny_pipeline()
+    with torch.no_grad():
+        next(iter(sparse_layers(rtlynx.apply(again).transformer).values())).weight.mul_(2)
+    rtlynx.remove(again).save_pretrained(tmp_path / "again" / "mine" / "pipeline")
+    SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME).save(tmp_path / "again" / "mine" / "pipeline" / FILE_NAME)
+    retrained = CliRunner().invoke(app, [*arguments, "--model", str(tmp_path / "again" / "mine" / "pipeline")])
+    assert retrained.exit_code == 2 and "fingerprint" in retrained.output
     rows = json.loads((out / "cpu" / "quality-mine.json").read_text())["rows"]
     assert set(rows) == {*stored, "naive/magnitude/0"} and rows["searched_work/shift/16"] == stored["searched_work/shift/16"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from typer.testing import CliRunner
 import rtlynx
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
 from rtlynx.bench.results import write_csv
+from rtlynx.calibrate.collect import LayerInput
+from rtlynx.calibrate.fit import Fit
+from rtlynx.calibrate.samples import Samples
 from rtlynx.cli import app
 from rtlynx.demo.captions import caption
 from rtlynx.demo.pipeline import ScenesPipeline
@@ -25,8 +29,8 @@ from rtlynx.recipe_file import read_recipe
 from rtlynx.search import Search, plot_pareto
 from rtlynx.search.effects import Effects
 from rtlynx.search.knapsack import exchanges, solve
-from rtlynx.search.options import Unit, chosen
-from rtlynx.search.times import WORK, option_times
+from rtlynx.search.options import Unit, chosen, fit_units
+from rtlynx.search.times import WORK, _measured, _tokens, option_times
 from tiny_models import TINY
 from tiny_pipeline import PROMPTS, tiny_pipeline
 
@@ -172,6 +176,30 @@ def test_work_is_counted() -> None:
     found, _ = option_times([Unit(layers, {})], [None, 0, 16], [100], CONFIG, WORK)
     per_output = torch.tensor([64, 32, 32 + 16])
     assert found[0].tolist() == pytest.approx((2e-10 * (192 * per_output + torch.tensor([0, 0, 64 * 16]))).tolist())
+
+
+def test_times_are_measured_on_tokens_that_the_layers_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [SparseLinear(64, 64) for _ in range(3)]
+    read = [torch.randn(1000, 64) for _ in range(2)]
+    inputs = [
+        LayerInput({f"{i}": layer}, Samples(x, torch.zeros(1000, dtype=torch.int32)), 1000)
+        for i, (layer, x) in enumerate(zip(layers, read, strict=False))
+    ]
+    units = list(fit_units(inputs, Fit("split", 16), [0, 16], torch.device("cpu")))
+    for unit, x in zip(units, read, strict=True):
+        assert unit.tokens is not None and torch.equal(unit.tokens, x[::4])
+    few, many = _tokens(units, 100), _tokens(units, 1200)
+    both = torch.cat([x[::4] for x in read])
+    assert torch.equal(few, both[:500:5]) and torch.equal(many, torch.cat([both, both, both])[:1200])
+    assert _tokens([Unit({"2": layers[2]}, {})], 100).shape == (100, 64)
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(
+        sys.modules[option_times.__module__], "time_interleaved", lambda calls, **_: seen.update(calls) or {name: 1.0 for name in calls}
+    )
+    assert _measured(units, [None, 0, 16], 100, CONFIG) == [1.0] * 3
+    with torch.no_grad():
+        for call in seen.values():
+            call()  # type: ignore[operator]
 
 
 def test_calls_by_position_and_lists_of_samples() -> None:

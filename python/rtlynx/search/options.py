@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from rtlynx.calibrate.collect import LayerInput
 from rtlynx.calibrate.fit import Cache, Fit, Tensors, fit_input
@@ -14,6 +15,8 @@ from rtlynx.linear import SparseLinear
 
 Option = int | None
 """None: dense. Otherwise the rank of the branch, 0 without one."""
+
+_KEPT_TOKENS = 256
 
 
 def label(option: Option) -> str:
@@ -28,10 +31,12 @@ class Unit:
     Attributes:
         layers: Name → layer.
         fitted: Rank → what was fitted, by layer.
+        tokens: ``(T, K)`` on the CPU, some of what they select from, to time them on; None where nobody has read any.
     """
 
     layers: dict[str, SparseLinear]
     fitted: dict[int, dict[str, Tensors]]
+    tokens: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -47,12 +52,14 @@ class Unit:
 
 @torch.no_grad()
 def fit_units(inputs: Iterable[LayerInput], fit: Fit, ranks: Sequence[int], device: torch.device) -> Iterator[Unit]:
-    """Fit all ranks to every input; its samples are needed no longer then."""
+    """Fit all ranks to every input; of its samples no more than a few tokens are needed then."""
     for input in inputs:
+        x = input.samples.x
+        tokens = x[:: max(1, -(-len(x) // _KEPT_TOKENS))].to("cpu", copy=True)  # of all steps
         cache: Cache = {}  # one selection and its moments serve all ranks
         fitted = {rank: dict(fit_input(input, replace(fit, rank=rank), device, cache)) for rank in ranks}
         for layers in _together(input.layers):
-            yield Unit(layers, {rank: {name: found[name] for name in layers} for rank, found in fitted.items()})
+            yield Unit(layers, {rank: {name: found[name] for name in layers} for rank, found in fitted.items()}, tokens)
 
 
 def _together(layers: Mapping[str, SparseLinear]) -> list[dict[str, SparseLinear]]:

@@ -50,12 +50,10 @@ def option_times(
         raise InvalidArgumentError(
             "search", "times", f"none, and a model on {device}", "the layer.csv of a GPU (rtlynx bench gemm --out), or 'work'"
         )
-    known: dict[object, list[float]] = {}  # most models repeat a handful of shapes
+    alike: dict[tuple[int, object], list[Unit]] = {}  # most models repeat a handful of shapes
     for unit, m in zip(units, rows, strict=True):
-        known.setdefault(_shape(unit, m), [])
-    for unit, m in zip(units, rows, strict=True):
-        if not known[_shape(unit, m)]:
-            known[_shape(unit, m)] = _measured(unit, options, m, config)
+        alike.setdefault(_shape(unit, m), []).append(unit)
+    known = {(m, shape): _measured(same, options, m, config) for (m, shape), same in alike.items()}
     times = [known[_shape(unit, m)] for unit, m in zip(units, rows, strict=True)]
     return torch.tensor(times, dtype=torch.float64), f"measured on {torch.cuda.get_device_name(device)}"
 
@@ -68,16 +66,30 @@ def _work(unit: Unit, option: Option, m: int) -> float:
     return down + sum(2e-12 * m * layer.out_features * (layer.in_features / 2 + option) for layer in layers)
 
 
-def _shape(unit: Unit, rows: int) -> tuple[object, ...]:
-    return rows, *((layer.in_features, layer.out_features, layer.bias is None, layer.weight.dtype) for layer in unit.layers.values())
+def _shape(unit: Unit, rows: int) -> tuple[int, object]:
+    return rows, tuple((layer.in_features, layer.out_features, layer.bias is None, layer.weight.dtype) for layer in unit.layers.values())
 
 
 @torch.no_grad()
-def _measured(unit: Unit, options: Sequence[Option], rows: int, config: SparsityConfig) -> list[float]:
-    first = next(iter(unit.layers.values()))
-    x = torch.randn(rows, first.in_features, device=first.weight.device, dtype=first.weight.dtype)
-    times = time_interleaved({str(o): _call(unit, option, x, config) for o, option in enumerate(options)}, repeats=20)
+def _measured(alike: Sequence[Unit], options: Sequence[Option], rows: int, config: SparsityConfig) -> list[float]:
+    """Of the first of units of one shape, on tokens of all of them."""
+    x = _tokens(alike, rows)
+    times = time_interleaved({str(o): _call(alike[0], option, x, config) for o, option in enumerate(options)}, repeats=20)
     return [times[str(o)] for o in range(len(options))]
+
+
+def _tokens(alike: Sequence[Unit], rows: int) -> Tensor:
+    """``(rows, K)`` that the units select from, each repeated as often as needed; random ones where none were read.
+
+    What is in the tokens decides how much power a product draws, and so at which clock it runs.
+    """
+    weight = next(iter(alike[0].layers.values())).weight
+    read = [unit.tokens for unit in alike if unit.tokens is not None and len(unit.tokens)]
+    if not read:
+        return torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    x = torch.cat(read)
+    x = x[torch.arange(rows) * max(1, len(x) // rows) % len(x)]  # of every unit, where there are more than rows
+    return x.to(weight.device, weight.dtype)
 
 
 def _call(unit: Unit, option: Option, x: Tensor, config: SparsityConfig) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import traceback
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 from tqdm.auto import tqdm
 
 from rtlynx.bench.machine import describe, gpu_slug
@@ -22,6 +24,7 @@ from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS, ScenesPipeline
 from rtlynx.demo.place import Place, choose_place
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.fingerprint import fingerprint
 from rtlynx.fp8 import missing_kernels
 from rtlynx.recipe_file import read_recipe, write_recipe
 from rtlynx.report import Column, terminal_table
@@ -61,7 +64,8 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     name = wanted.model if wanted.model == "small" else source.resolve().parent.name if source.name == "pipeline" else source.name
     folder = out / (gpu_slug() if place.on_gpu else "cpu")
     parameters = sum(parameter.numel() for parameter in pipe.transformer.parameters())
-    results = Results(folder, name, {**asdict(settings), "parameters": parameters, "dtype": str(place.dtype)})
+    about = {"parameters": parameters, "dtype": str(place.dtype), "fingerprint": _fingerprint(pipe.transformer)}
+    results = Results(folder, name, {**asdict(settings), **about})
 
     every = rows(wanted.rank, wanted.ranks, [recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes])
     todo = [row for row in every if not wanted.only or row.method in wanted.only | {"dense"}]
@@ -98,8 +102,8 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
             continue
         results.add(row.key, measured, header)
         if measured.get("recipe"):
-            about = {"model": name, **measured["search"]}
-            write_recipe(folder / f"recipe-{name}-{row.method}.json", SparsityConfig.from_dict(measured["recipe"]), about)
+            made_with = {"model": name, **measured["search"]}
+            write_recipe(folder / f"recipe-{name}-{row.method}.json", SparsityConfig.from_dict(measured["recipe"]), made_with)
         if place.on_gpu:
             torch.cuda.empty_cache()
     tables = write_tables(folder)
@@ -107,6 +111,12 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     if failed:
         raise RuntimeError(f"bench quality: {len(failed)} rows failed: {', '.join(failed)}") from next(iter(failed.values()))
     return [results.path, *tables]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """One digest for the weights of all linear layers: a model that was trained again under the same name has another."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return hashlib.sha256("".join(fingerprint(layers).values()).encode()).hexdigest()[:16]
 
 
 def _missing(row: Row, place: Place) -> str | None:

@@ -27,6 +27,7 @@ _WITH_INTERVALS = (
     "attribute_accuracy_minus_dense",
 )
 
+_FINGERPRINT = "fingerprint"
 _AGAINST = (
     ("paper_trained", "magnitude"),
     ("split", "shift"),
@@ -44,7 +45,8 @@ class Results:
     Args:
         folder: For all files, e.g. ``benches/results/nvidia-h200``.
         model: Its name in the tables.
-        settings: What the figures depend on.
+        settings: What the figures depend on; ``fingerprint`` among them tells models of one name apart. Files of before it was stored are
+            gone on with, and stay without it: nobody knows which weights their rows are of.
 
     Raises:
         InvalidArgumentError: The file holds rows measured under other settings.
@@ -53,24 +55,27 @@ class Results:
     def __init__(self, folder: Path, model: str, settings: Mapping[str, Any]) -> None:
         self.folder, self.path = folder, folder / f"quality-{model}.json"
         self.model, self.settings = model, json.loads(json.dumps(settings))
-        self.rows, _ = self._stored()
+        self.rows = self._stored()["rows"]
 
-    def _stored(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    def _stored(self) -> dict[str, Any]:
+        """The file: settings, header and rows."""
         if not self.path.is_file():
-            return {}, []
-        stored = json.loads(self.path.read_text())
-        if stored["settings"] != self.settings:
-            changed = [key for key in self.settings if stored["settings"].get(key) != self.settings[key]]
+            return {"settings": self.settings, "header": [], "rows": {}}
+        stored: dict[str, Any] = json.loads(self.path.read_text())
+        before = stored["settings"]
+        wanted = {key: value for key, value in self.settings.items() if key != _FINGERPRINT or key in before}
+        if before != wanted:
+            changed = [key for key in {**wanted, **before} if key not in wanted or before.get(key) != wanted[key]]
             got = f"{self.path} measured with another {', '.join(changed)}"
             raise InvalidArgumentError("bench quality", "out", got, "another folder, or no such file: remove it to measure anew")
-        return stored["rows"], stored["header"]
+        return stored
 
     def add(self, key: str, row: Mapping[str, Any], header: Iterable[str]) -> None:
         """Keep a row, beside those that other processes and runs before have added, and write all files; the header names each of them."""
         with _alone_in(self.folder):
-            rows, before = self._stored()
-            self.rows = {**rows, key: {"model": self.model, **row}}
-            write_json(self.path, {"settings": self.settings, "header": list(dict.fromkeys([*before, *header])), "rows": self.rows})
+            stored = self._stored()
+            self.rows = {**stored["rows"], key: {"model": self.model, **row}}
+            write_json(self.path, {**stored, "header": list(dict.fromkeys([*stored["header"], *header])), "rows": self.rows})
             write_tables(self.folder)
 
 
@@ -140,12 +145,16 @@ def _printed(value: Any) -> Any:
 
 
 def _intervals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {**{key: row[key] for key in COLUMNS[:4]}, "figure": figure, "value": row[figure][0], "low": row[figure][1], "high": row[figure][2]}
-        for row in rows
-        for figure in _WITH_INTERVALS
-        if row[figure] is not None
-    ]
+    """Figures with their intervals, and one that has none: the dense layers' time that each row's `layer_ms` is to be divided by."""
+    lines = []
+    for row in rows:
+        key = {key: row[key] for key in COLUMNS[:4]}
+        spans = {figure: row[figure] for figure in _WITH_INTERVALS}
+        spans["dense_layer_ms"] = None if (ms := row.get("dense_layer_ms")) is None else (ms, None, None)  # older rows lack it
+        for figure, span in spans.items():
+            if span is not None:
+                lines.append({**key, "figure": figure, "value": span[0], "low": span[1], "high": span[2]})
+    return lines
 
 
 def _paired(file: Mapping[str, Any]) -> list[dict[str, Any]]:

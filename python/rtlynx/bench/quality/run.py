@@ -107,7 +107,7 @@ class QualityBench:
             pictures = self._sample(row)
             errors = self._velocity(row)
             layer_error = self._layer_errors(row.adaln) if row.fit is not None or row.pruning is not None else {}
-            ms = self._layer_ms(row) if row.pruning is None and not row.other_precision else None
+            ms, dense_ms = (self._layer_ms(row) if row.pruning is None and not row.other_precision else None) or (None, None)
         verdict = self.judge.look(pictures)
         frechet = values_of(lambda chosen: self.judge.frechet(verdict.features[chosen]), len(pictures), _FRECHET_RESAMPLES)
         if row.method == "dense":
@@ -131,6 +131,7 @@ class QualityBench:
             "attribute_accuracy_minus_dense": interval(self._accuracy_gained(verdict), len(pictures)),
             "replicates": {name: _replicates(each) for name, each in {**values, "frechet": frechet}.items()},
             "layer_ms": ms,
+            "dense_layer_ms": dense_ms,
             "layer_rel_err": layer_error,
             "fit_seconds": round(fitted, 2),
             "seconds": round(time.perf_counter() - started, 2),
@@ -222,7 +223,7 @@ class QualityBench:
 
     def _sample(self, row: Row) -> Tensor:
         settings = self.settings
-        steps = max(1, round(settings.steps * row.steps))
+        steps = self._steps(row)
         seed = settings.seed + (500 if row.reseeded else 0)
         with ExitStack() as stack:
             if row.method == "dense":
@@ -230,6 +231,9 @@ class QualityBench:
             self.pipe.set_progress_bar_config(disable=True)
             pictures = sample(self.pipe, self.prompts, steps=steps, seed=seed, batch=settings.batch).pictures
         return (pictures / 2 + 0.5).clamp(0, 1)
+
+    def _steps(self, row: Row) -> int:
+        return max(1, round(self.settings.steps * row.steps))
 
     def _probed(self, step: int) -> bool:
         return step % _PROBE_EVERY == 0 or step == self.settings.steps - 1
@@ -250,22 +254,20 @@ class QualityBench:
 
         return adapt
 
-    def _layer_ms(self, row: Row) -> float | None:
-        """Of the layers in one step, on average over the steps where some are dense."""
-        inputs, samples = self._samples_of(row.adaln)[0], self.settings.batch
+    def _layer_ms(self, row: Row) -> tuple[float, float] | None:
+        """Of the layers in one step, and of the dense ones measured in turns with them.
+
+        On average over the bench's steps: some are dense in some rows, and some are left out in others.
+        """
         for layer in self.layers.values():
             layer.dense_step = False
-        sparse = layers_ms(inputs, samples * TOKENS, samples)
+        measured = layers_ms(self._samples_of(row.adaln)[0], self.settings.batch * TOKENS, self.settings.batch)
+        if measured is None:
+            return None
+        sparse, dense = measured
         steps = self.settings.steps
         share = sum(is_dense(1 - step / steps, row.dense_first, row.dense_last) for step in range(steps)) / steps
-        if sparse is None or share == 0:
-            return sparse
-        for layer in self.layers.values():
-            layer.dense_step = True
-        dense = layers_ms(inputs, samples * TOKENS, samples)
-        for layer in self.layers.values():
-            layer.dense_step = False
-        return None if dense is None else share * dense + (1 - share) * sparse
+        return (share * dense + (1 - share) * sparse) * self._steps(row) / steps, dense
 
     def _layer_errors(self, adaln: bool = False) -> dict[str, float]:
         """Relative output error of every layer on held-out tokens of the dense model; NaN-free, layers left dense are 0.
