@@ -1,4 +1,8 @@
-"""What the examples have in common: their options, and how a pipeline becomes sparse."""
+"""What the examples have in common: their options, and how a pipeline becomes sparse.
+
+They do it by `rtlynx.apply`. The other way, ``from_pretrained(quantization_config=rtlynx.RTLynxConfig())``, is in
+docs/guides/loading.md, LoRA in docs/guides/lora.md, each with lines to copy.
+"""
 
 from __future__ import annotations
 

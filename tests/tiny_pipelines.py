@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxPipeline,
     QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor, nn
 
-from tiny_models import TINY
+from tiny_models import NEIGHBOURS, TINY
 
 
-def flux_pipeline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """Images of 32×32 pixels are 64 tokens of 16 channels."""
+def autoencoder() -> AutoencoderKL:
+    """Of pictures in 4 channels at half their size, the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        vae = AutoencoderKL(
+        return AutoencoderKL(
             down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
             up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
             block_out_channels=(8, 8),
@@ -34,10 +40,13 @@ def flux_pipeline(device: torch.device | str = "cpu", dtype: torch.dtype = torch
             scaling_factor=1.0,
             use_quant_conv=False,
             use_post_quant_conv=False,
-        )
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae.to(device, dtype).eval(), None, None, None, None, TINY["flux"].build(device, dtype)
-    )
+        ).eval()
+
+
+def flux_pipeline(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """Images of 32×32 pixels are 64 tokens of 16 channels."""
+    vae = autoencoder().to(device, dtype)
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, TINY["flux"].build(device, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -84,13 +93,64 @@ def z_image_turbo_pipeline() -> Any:
     return pipe
 
 
+def sd3_pipeline() -> Any:
+    """Pictures of 32×32 pixels are 64 tokens."""
+    transformer = NEIGHBOURS["sd3"].build("cpu", torch.float32)
+    pipe = StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(), autoencoder(), *[None] * 6)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def z_image_pipeline() -> Any:
+    """Pictures of 32×32 pixels are 64 tokens."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = ZImagePipeline(scheduler, autoencoder(), None, None, TINY["z_image"].build("cpu", torch.float32))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan_pipeline() -> Any:
+    """Text to video: videos of 9 frames of 64×64 pixels are 48 tokens."""
+    config = {**NEIGHBOURS["wan"].build("meta", torch.float32).config, "image_dim": None, "added_kv_proj_dim": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        transformer = WanTransformer3DModel.from_config(config).eval()
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        ).eval()
+    pipe = WanPipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample_guided(pipe: Any, scale: float = 4.0, **kwargs: Any) -> Tensor:
+    """Pixels of a prompt against another, of SD3, Z-Image or Wan: the first two run both in a forward, Wan each in one of its own."""
+    rng = torch.Generator().manual_seed(4)
+    prompts: dict[str, Any] = {name: torch.randn(1, 11, 64, generator=rng) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    side = 32
+    if isinstance(pipe.transformer, ZImageTransformer2DModel):
+        prompts = {name: [value[0]] for name, value in prompts.items()}
+    elif isinstance(pipe.transformer, WanTransformer3DModel):
+        prompts["num_frames"], side = 9, 64
+    else:
+        prompts |= {f"{name}pooled_prompt_embeds": torch.randn(1, 32, generator=rng) for name in ("", "negative_")}
+    defaults = {"height": side, "width": side, "num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(7)}
+    pixels: Tensor = pipe(**{**prompts, **defaults, **kwargs}, guidance_scale=scale, return_dict=False)[0]
+    return pixels
+
+
 def flux_lora(seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]:
     """A LoRA file's content in diffusers' own naming."""
-    rng = torch.Generator().manual_seed(seed)
     names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     names += [f"single_transformer_blocks.{i}.attn.to_q" for i in range(2)]
+    return lora(names, 128, seed, rank, scale)
+
+
+def lora(names: Iterable[str], width: int, seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]:
+    """That of square layers of a transformer."""
+    rng = torch.Generator().manual_seed(seed)
     state = {}
     for name in names:
-        state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, 128, generator=rng) / 128**0.5
-        state[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(128, rank, generator=rng)
+        state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=rng) / width**0.5
+        state[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(width, rank, generator=rng)
     return state

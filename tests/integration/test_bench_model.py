@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import rtlynx
@@ -145,6 +146,28 @@ def test_compiled_steps() -> None:
     )
     assert [(row.mode, row.compiled) for row in rows] == [("dense", True), ("rank 16", True)]
     assert any(note.startswith("fp8 not measured: ") for note in notes)
+
+
+@pytest.mark.parametrize("name", ["sd3.5-large", "pixart-sigma"])
+def test_a_model_without_repeated_blocks_is_compiled_whole(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[measure_step.__module__], "milliseconds_by_kind", operations_by_kind)
+    counters.clear()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    rows, notes = measure_step(small(name), CPU, rank=16, repeats=1, modes=("compensated",), compile_options={"backend": keep})
+    modes = [(mode, compiled) for mode in ("dense", "rank 16") for compiled in (False, True)]
+    assert [(row.mode, row.compiled) for row in rows] == modes  # the eager variants beside the compiled ones, in turns
+    assert len(graphs) == 2 and not counters["graph_break"]
+    assert sum("sparse_linear" in graph.code for graph in graphs) == 1
+    write_steps(tmp_path / "model.csv", notes, rows)
+    line = f"# {name} 64x64: compiled whole: diffusers names no repeated blocks"
+    assert (tmp_path / "model.csv").read_text().splitlines().count(line) == 1
+    _, notes = measure_step(small(name), CPU, repeats=1, compiled=False, modes=())
+    assert not any("compiled whole" in note for note in notes)
 
 
 def operations_by_kind(step: Callable[[], object], device: torch.device) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A whole pipeline of diffusers, sparse: LoRA files, guidance, ControlNet, image to image, inpainting, batches, few steps, offloading."""
+"""A whole pipeline of diffusers, sparse: LoRA files, guidance, ControlNet, image to image, batches, few steps, offloading."""
 
 from __future__ import annotations
 
@@ -8,15 +8,37 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxControlNetPipeline, FluxImg2ImgPipeline, FluxInpaintPipeline
+from diffusers import (
+    FluxControlNetPipeline,
+    FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    ZImageImg2ImgPipeline,
+    ZImageInpaintPipeline,
+)
 from torch import Tensor
 
 import rtlynx
 from rtlynx import SparseLinear, SparsityConfig
 from rtlynx.eligibility import sparse_layers
 from rtlynx.evaluate.trajectory import Trajectory
+from rtlynx.patterns import expand_braces
 from tiny_models import TINY, relative_error
-from tiny_pipelines import flux_controlnet, flux_lora, flux_pipeline, qwen_image_pipeline, sample, z_image_turbo_pipeline
+from tiny_pipelines import (
+    flux_controlnet,
+    flux_lora,
+    flux_pipeline,
+    lora,
+    qwen_image_pipeline,
+    sample,
+    sample_guided,
+    sd3_pipeline,
+    wan_pipeline,
+    z_image_pipeline,
+    z_image_turbo_pipeline,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +111,53 @@ def test_guidance_in_two_forwards(make: Any) -> None:
     for layer in sparse_layers(pipe.transformer).values():
         layer.dense = True
     torch.testing.assert_close(guided(pipe, 4.0), dense, rtol=1e-4, atol=1e-4)
+
+
+GUIDED: dict[str, tuple[Callable[[], Any], str, int]] = {
+    "sd3": (sd3_pipeline, "transformer_blocks.{0,1}.{attn.to_q,attn.to_v,attn.add_k_proj}", 1),
+    "z_image": (z_image_pipeline, "{layers,noise_refiner}.0.attention.{to_q,to_v,to_out.0}", 1),
+    "wan": (wan_pipeline, "blocks.{0,1}.{attn1.to_q,attn1.to_v,attn2.to_k}", 2),
+}
+"""Family → its pipeline, layers for a LoRA, and how many forwards a guided step takes."""
+families = pytest.mark.parametrize("family", GUIDED)
+
+
+@families
+def test_guided_pictures_and_videos(family: str) -> None:
+    make, _, forwards = GUIDED[family]
+    pipe, seen = make(), Trajectory()
+    dense = sample_guided(pipe)
+    rtlynx.apply(pipe, SparsityConfig(rank=16))
+    with seen.recording(pipe.transformer):
+        got = sample_guided(pipe)
+    assert len(seen.calls) == 3 * forwards
+    assert got.shape == dense.shape and got.isfinite().all()
+    assert 1e-4 < relative_error(got, dense) < 0.3 and relative_error(sample_guided(pipe, 1.0), got) > 1e-3
+    assert torch.equal(with_dense_layers(pipe, lambda: sample_guided(pipe)), dense)
+    assert torch.equal(sample_guided(rtlynx.remove(pipe)), dense)
+
+
+@families
+def test_lora_files_of_other_families(family: str) -> None:
+    make, names, _ = GUIDED[family]
+    pipe = rtlynx.apply(make(), SparsityConfig(rank=16))
+    layers = expand_braces(names)
+    width = pipe.transformer.get_submodule(layers[0]).in_features
+    assert all(isinstance(pipe.transformer.get_submodule(name), SparseLinear) for name in layers)
+    plain = sample_guided(pipe)
+    pipe.load_lora_weights(lora(layers, width, 1), adapter_name="style")
+    style = sample_guided(pipe)
+    pipe.load_lora_weights(lora(layers, width, 2), adapter_name="subject")
+    pipe.set_adapters(["style", "subject"], [1.0, 0.5])
+    both = sample_guided(pipe)
+    assert relative_error(style, plain) > 1e-4 and relative_error(both, style) > 1e-4
+    pipe.set_adapters("style")
+    assert torch.equal(sample_guided(pipe), style)
+    pipe.fuse_lora(adapter_names=["style"])
+    assert relative_error(sample_guided(pipe), style) < relative_error(style, plain)  # what is dropped differs, the adapter is there
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(sample_guided(pipe), plain, rtol=1e-2, atol=1e-2)
 
 
 def schnell(pipe: Any) -> Tensor:
@@ -204,6 +273,65 @@ def test_image_to_image_and_inpainting() -> None:
         assert got.shape == (1, 3, 32, 32)
         assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < 5e-3  # as in a batch
         assert all(row.sparse for row in rtlynx.summary(other) if row.name.endswith("attn.to_q"))
+
+
+MASK = {"mask_image": torch.cat([torch.zeros(1, 1, 32, 16), torch.ones(1, 1, 32, 16)], 3)}
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "arguments"),
+    [
+        (sd3_pipeline, StableDiffusion3Img2ImgPipeline, {}),
+        (z_image_pipeline, ZImageImg2ImgPipeline, {}),  # SD3 inpaints in 16 channels only
+        (z_image_pipeline, ZImageInpaintPipeline, MASK),
+    ],
+)
+def test_image_to_image_and_inpainting_of_other_families(make: Callable[[], Any], kind: Any, arguments: dict[str, Any]) -> None:
+    parts = {key: value for key, value in make().components.items() if key not in ("image_encoder", "feature_extractor")}
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+
+    def draw() -> Tensor:
+        return sample_guided(pipe, image=image, strength=0.7, **arguments)
+
+    dense = draw()
+    rtlynx.apply(pipe, SparsityConfig(rank=16))
+    got = draw()
+    assert got.shape == dense.shape == (1, 3, 32, 32) and 1e-4 < relative_error(got, dense) < 0.3
+    assert torch.equal(with_dense_layers(pipe, draw), dense)
+
+
+def test_a_controlnet_of_sd3() -> None:
+    pipe = sd3_pipeline()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        controlnet = SD3ControlNetModel.from_transformer(pipe.transformer, num_layers=2, num_extra_conditioning_channels=0).eval()
+        for block in controlnet.controlnet_blocks:
+            torch.nn.init.normal_(block.weight, std=0.05)
+        torch.nn.init.normal_(controlnet.pos_embed_input.proj.weight, std=0.05)
+    parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
+    with_control = StableDiffusion3ControlNetPipeline(**parts, controlnet=controlnet)
+    with_control.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+
+    def draw(scale: float = 1.0) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(9)  # the pipeline encodes the condition with noise that its generator does not know
+            return sample_guided(with_control, control_image=image, controlnet_conditioning_scale=scale)
+
+    dense = draw()
+    assert relative_error(draw(0.0), dense) > 1e-3
+    rtlynx.apply(with_control)
+    transformer = draw()
+    assert not sparse_layers(with_control.controlnet)
+    rtlynx.apply(with_control.controlnet)
+    both = draw()
+    assert both.isfinite().all() and not torch.equal(transformer, dense) and not torch.equal(both, transformer)
+    rtlynx.remove(with_control.controlnet)
+    assert torch.equal(draw(), transformer)
+    rtlynx.remove(with_control)
+    assert torch.equal(draw(), dense)
 
 
 def test_another_pipeline_of_the_same_parts_is_sparse_too() -> None:

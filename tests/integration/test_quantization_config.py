@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig
+from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rtlynx
+from original_layouts import original_layout
 from rtlynx import InvalidArgumentError, RTLynxConfig, SparsityConfig
 from rtlynx.apply import applied_config
 from rtlynx.eligibility import sparse_layers
-from tiny_models import TINY, Tiny, output
+from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
+from tiny_pipelines import flux_pipeline, sample
 
 families = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 FLUX = TINY["flux"]
@@ -118,6 +120,33 @@ def test_single_file_and_a_compensation_file(vanilla: Path, tmp_path: Path) -> N
     again = FluxTransformer2DModel.from_single_file(str(vanilla / WEIGHTS), config=str(vanilla), quantization_config=RTLynxConfig(rank=16))
     rtlynx.load_compensation(again, tmp_path / "compensation.safetensors")
     assert torch.equal(out(again), out(model))
+
+
+PREFIX = "model.diffusion_model."  # of ComfyUI's files; diffusers' conversion of FLUX.2 does not know it
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("sd3", ""), ("sd3", PREFIX), ("flux2", ""), ("z_image", ""), ("z_image", PREFIX), ("wan", PREFIX)]
+)
+def test_a_single_file_of_the_original_code(family: str, prefix: str, tmp_path: Path) -> None:
+    tiny = {**TINY, **NEIGHBOURS}[family]
+    dense: Any = tiny.build("cpu", torch.float32)
+    dense.save_config(tmp_path)
+    state = original_layout(family, dense.state_dict(), prefix)
+    assert sum(key.removeprefix(PREFIX) not in dense.state_dict() for key in state) > 0.3 * len(state)
+    save_file(state, tmp_path / "original.safetensors")
+    config = SparsityConfig(selection="weight", rank=16)
+    again = type(dense).from_single_file(
+        str(tmp_path / "original.safetensors"), config=str(tmp_path), quantization_config=RTLynxConfig(config)
+    )
+    inputs = tiny.inputs("cpu", torch.float32)
+    rtlynx.apply(dense, config)
+    assert torch.equal(output(again, inputs), output(dense, inputs))
+    assert len(sparse_layers(again)) == tiny.sparse_layers
+    rtlynx.calibrate(dense, run=lambda: output(dense, inputs), progress=False)
+    rtlynx.save_compensation(dense, tmp_path / "compensation.safetensors")
+    rtlynx.load_compensation(again, tmp_path / "compensation.safetensors")  # it knows the weights by what is in them, not by the file
+    assert torch.equal(output(again, inputs), output(dense, inputs))
 
 
 # ---- saving and reloading ----------------------------------------------------------------------------------------------------------------
@@ -262,6 +291,34 @@ def test_pipeline(tmp_path: Path) -> None:
     assert torch.equal(got, picture(rtlynx.apply(dense)))
     pipe.save_pretrained(tmp_path)
     assert torch.equal(picture(ScenesPipeline.from_pretrained(tmp_path)), got)
+
+
+def test_a_pipeline_of_diffusers(tmp_path: Path) -> None:
+    dense = flux_pipeline()
+    dense.save_pretrained(tmp_path / "dense")
+    config = SparsityConfig(rank=16)
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": RTLynxConfig(config)})
+    pipe = flux_pipeline_from(tmp_path / "dense", quantization_config=mapping)
+    got = sample(pipe)
+    assert torch.equal(got, sample(rtlynx.apply(dense, config))) and not sparse_layers(pipe.vae)
+    assert sum(row.sparse for row in rtlynx.summary(pipe)) == FLUX.sparse_layers
+    rtlynx.calibrate(pipe, run=lambda: sample(pipe), progress=False)
+    compensated = sample(pipe)
+    pipe.save_pretrained(tmp_path / "sparse")
+    assert saved_config(tmp_path / "sparse" / "transformer")["rank"] == 16
+    again = sample(flux_pipeline_from(tmp_path / "sparse"))
+    with pytest.warns(UserWarning, match="`quantization_config` from the model will be used"):  # diffusers' own: the folder decides
+        other = PipelineQuantizationConfig(quant_mapping={"transformer": RTLynxConfig(rank=32, skip=("**.to_q",))})
+        asked = sample(flux_pipeline_from(tmp_path / "sparse", quantization_config=other))
+    # Not equal: sums may depend on where in memory a weight lies.
+    assert max(relative_error(again, compensated), relative_error(asked, compensated)) < 1e-4 < relative_error(got, compensated)
+
+
+def flux_pipeline_from(path: Path, **given: Any) -> Any:
+    texts = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))  # prompts are embeddings here
+    pipe = FluxPipeline.from_pretrained(path, **texts, **given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # ---- the configuration -------------------------------------------------------------------------------------------------------------------

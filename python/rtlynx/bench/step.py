@@ -36,7 +36,7 @@ class StepTimes:
 
     Attributes:
         mode: A key of `MODES`.
-        compiled: Whether the repeated blocks were compiled, each as one graph.
+        compiled: Whether the repeated blocks were compiled, each as one graph; the whole model where diffusers names none.
         step_ms: Median time of a forward.
         gemm_ms, attention_ms, select_ms: Of that, the kernels of a kind, from a profile of its own.
         other_ms: What remains of the step: all other kernels, and gaps between kernels.
@@ -190,7 +190,7 @@ def measure_step(
         eager: Whether to time eager modes.
         compiled: Whether to time compiled modes.
         modes: Which of `MODES`, or one of them `WITHOUT` one kind of fused blocks; "dense" is always measured.
-        compile_options: For ``compile_repeated_blocks``, beside ``fullgraph=True``.
+        compile_options: For ``compile_repeated_blocks``, beside ``fullgraph=True``, or for ``compile`` of the whole model.
         after_row: Called after each row with all until then, and the notes: profiles take longer than the timed steps.
 
     Returns:
@@ -215,8 +215,10 @@ def measure_step(
             if mode in _WITH_BRANCH and not use_compiler:
                 notes.append(f"apply, {_label(mode, rank)} in every layer: {time.perf_counter() - start:.2f} s")
             if use_compiler:
-                one.compile_repeated_blocks(fullgraph=True, **(compile_options or {}))
+                _compile(one, **(compile_options or {}))
             steps[mode, use_compiler] = one
+    if compiled and not _names_blocks(module):
+        notes.append("compiled whole: diffusers names no repeated blocks")
     # Variants are looked up by their guards, each in the code of the same block classes.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 8 * len(steps))
     calls = {key: _call(one, inputs) for key, one in steps.items()}
@@ -267,6 +269,21 @@ def _make(module: nn.Module, mode: str, rank: int) -> None:
         raise Unavailable(f"no {left} among the fused blocks: {', '.join(fused) or 'none'}")
     for block in blocks:
         block.__class__ = original_class(block)
+
+
+def _names_blocks(module: Any) -> bool:
+    return bool(getattr(module, "_repeated_blocks", None))
+
+
+def _compile(module: Any, **options: Any) -> None:
+    """The repeated blocks, each as one graph; all of the model where diffusers does not say which they are (SD3, PixArt).
+
+    Either way it is a variant's own modules that are compiled: the others stay eager without anything being undone.
+    """
+    if _names_blocks(module):
+        module.compile_repeated_blocks(fullgraph=True, **options)
+    else:
+        module.compile(**options)
 
 
 def _label(mode: str, rank: int) -> str:
