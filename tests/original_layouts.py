@@ -1,6 +1,7 @@
 """State dicts as the models' own authors save them, made of diffusers' by undoing what its ``from_single_file`` does.
 
-FLUX.1 and Chroma are missing: the conversion of their single-stream blocks splits a layer at 3072 channels, whatever the model's width.
+FLUX.1's goes back only if the model is as wide as the released one, whatever its depth: the conversion of its single-stream blocks splits a
+layer at 3072 channels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,39 @@ _QKV = re.compile(r"(?<=\.)(to_q|add_q_proj)\.(weight|bias)$")
 _MLP_EMBEDDER = (("linear_1", "mlp.0"), ("linear_2", "mlp.2"))
 
 RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "flux": (
+        (r"^x_embedder", "img_in"),
+        (r"^context_embedder", "txt_in"),
+        (r"time_text_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+        (r"time_text_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+        (r"time_text_embed\.text_embedder\.linear_1", "vector_in.in_layer"),
+        (r"time_text_embed\.text_embedder\.linear_2", "vector_in.out_layer"),
+        (r"time_text_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+        (r"time_text_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
+        ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+        (r"^proj_out", "final_layer.linear"),
+        (r"(single_transformer_blocks\.\d+)\.norm\.linear", r"\1.modulation.lin"),
+        (r"(single_transformer_blocks\.\d+)\.attn\.to_qkv", r"\1.linear1"),
+        (r"(single_transformer_blocks\.\d+)\.proj_out", r"\1.linear2"),
+        (r"(single_transformer_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
+        (r"(single_transformer_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
+        (r"^single_transformer_blocks", "single_blocks"),
+        (r"^transformer_blocks", "double_blocks"),
+        (r"norm1_context\.linear", "txt_mod.lin"),
+        (r"norm1\.linear", "img_mod.lin"),
+        (r"attn\.norm_q\.weight", "img_attn.norm.query_norm.scale"),
+        (r"attn\.norm_k\.weight", "img_attn.norm.key_norm.scale"),
+        (r"attn\.norm_added_q\.weight", "txt_attn.norm.query_norm.scale"),
+        (r"attn\.norm_added_k\.weight", "txt_attn.norm.key_norm.scale"),
+        (r"attn\.to_out\.0", "img_attn.proj"),
+        (r"attn\.to_add_out", "txt_attn.proj"),
+        (r"attn\.to_qkv", "img_attn.qkv"),
+        (r"attn\.add_qkv", "txt_attn.qkv"),
+        (r"ff_context\.net\.0\.proj", "txt_mlp.0"),
+        (r"ff_context\.net\.2", "txt_mlp.2"),
+        (r"ff\.net\.0\.proj", "img_mlp.0"),
+        (r"ff\.net\.2", "img_mlp.2"),
+    ),
     "sd3": (
         ("pos_embed.pos_embed", "pos_embed"),
         ("pos_embed.proj", "x_embedder.proj"),
@@ -97,7 +131,7 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 """Family → patterns for parts of diffusers' names and what stands there in the original's, applied in order."""
-_FUSED = ("sd3", "flux2", "z_image")
+_FUSED = ("flux", "sd3", "flux2", "z_image")
 """Families whose originals have q, k and v in one layer."""
 
 
@@ -108,7 +142,8 @@ def original_layout(family: str, state: Mapping[str, Tensor], prefix: str = "") 
         for key in [key for key in state if _QKV.search(key)]:
             keys = [key.replace("_q", f"_{part}") for part in "qkv"]
             fused = re.sub(r"(to|add)_q(_proj)?(?=\.\w+$)", r"\1_qkv", key)
-            state[fused] = torch.cat([state.pop(each) for each in keys])
+            mlp = key.replace("attn.to_q", "proj_mlp") if family == "flux" and key.startswith("single") else None
+            state[fused] = torch.cat([state.pop(each) for each in (*keys, *([mlp] if mlp else []))])
     original = {}
     for key, value in state.items():
         name = key
