@@ -25,7 +25,7 @@ def test_flux1_in_its_original_layout(prefix: str, tmp_path: Path) -> None:
         dense = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).to(torch.bfloat16)
     dense.save_config(tmp_path)
     save_file(original_layout("flux", dense.state_dict(), prefix), tmp_path / "flux1.safetensors")
-    config = SparsityConfig(selection="weight", rank=16, small_m="sparse")
+    config = SparsityConfig(rank=16, small_m="sparse")
     again = FluxTransformer2DModel.from_single_file(
         str(tmp_path / "flux1.safetensors"), config=str(tmp_path), quantization_config=RTLynxConfig(config), torch_dtype=torch.bfloat16
     ).to("cuda")

@@ -420,7 +420,7 @@ def test_the_command_goes_on_past_a_row_that_fails_and_measures_it_the_next_time
         "--calibration-prompts": 2,
         "--rank": 16,
         "--ranks": "",
-        "--only": "naive,searched,searched_work",
+        "--only": "naive/magnitude,searched,searched_work",
     }
     arguments = ["bench", "quality", "--model", str(model), "--out", str(out), "--device", "cpu"]
     arguments += [str(part) for pair in sizes.items() for part in pair]

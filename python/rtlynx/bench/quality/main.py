@@ -68,8 +68,8 @@ def run_quality(wanted: Wanted, settings: Settings, out: Path, commit: str | Non
     results = Results(folder, name, {**asdict(settings), **about})
 
     every = rows(wanted.rank, wanted.ranks, [recipe_row(path.stem, read_recipe(path)) for path in wanted.recipes])
-    todo = [row for row in every if not wanted.only or row.method in wanted.only | {"dense"}]
-    if wanted.only - {row.method for row in todo}:  # before this process takes its part of them
+    todo = [row for row in every if not wanted.only or _names(row) & (wanted.only | {"dense"})]
+    if wanted.only - {name for row in todo for name in _names(row)}:  # before this process takes its part of them
         known = ", ".join(sorted({row.method for row in every}))
         raise InvalidArgumentError("bench quality", "only", ", ".join(sorted(wanted.only)), f"some of {known}")
     part, parts = wanted.part
@@ -117,6 +117,11 @@ def _fingerprint(model: nn.Module) -> str:
     """One digest for the weights of all linear layers: a model that was trained again under the same name has another."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     return hashlib.sha256("".join(fingerprint(layers).values()).encode()).hexdigest()[:16]
+
+
+def _names(row: Row) -> set[str]:
+    """What ``--only`` may call a row."""
+    return {row.method, f"{row.method}/{row.selection}"}
 
 
 def _missing(row: Row, place: Place) -> str | None:
