@@ -121,7 +121,7 @@ def _fingerprint(model: nn.Module) -> str:
 
 def _names(row: Row) -> set[str]:
     """What ``--only`` may call a row."""
-    return {row.method, f"{row.method}/{row.selection}"}
+    return {row.method, f"{row.method}/{row.selection}", row.key}
 
 
 def _missing(row: Row, place: Place) -> str | None:
