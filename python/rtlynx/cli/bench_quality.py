@@ -23,9 +23,7 @@ def quality(
     calibration_prompts: Annotated[int, typer.Option(min=1, help="Other prompts, to fit on.")] = 64,
     rank: Annotated[int, typer.Option(min=1, max=128, help="Rank at which all methods are compared.")] = 16,
     ranks: Annotated[str, typer.Option(help="Further ranks, separated by commas.")] = "8,32,64",
-    only: Annotated[
-        str, typer.Option(help="Measure only rows of these methods, separated by commas; `split/shift/16`: one row.")
-    ] = "",
+    only: Annotated[str, typer.Option(help="Measure only rows of these methods, separated by commas; `split/shift/16`: one row.")] = "",
     recipe: Annotated[
         list[Path] | None, typer.Option(help="A file of `rtlynx search`, measured as a row of that name; can be given again.", exists=True)
     ] = None,
