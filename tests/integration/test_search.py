@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from rtlynx.bench.results import write_csv
 from rtlynx.calibrate.collect import LayerInput
 from rtlynx.calibrate.fit import Fit
 from rtlynx.calibrate.samples import Samples
+from rtlynx.calibrate.workfolder import WorkFolder
 from rtlynx.cli import app
 from rtlynx.demo.captions import caption
 from rtlynx.demo.pipeline import ScenesPipeline
@@ -93,6 +96,46 @@ def test_the_picture_is_drawn(found: tuple[ScenesPipeline, Search, Path], tmp_pa
     pytest.importorskip("matplotlib", reason="the picture is matplotlib's")
     plot_pareto(found[1].points, tmp_path / "pareto.svg", "tiny")
     assert (tmp_path / "pareto.svg").read_text().count("<path") > 10
+
+
+def test_an_interrupted_search_goes_on_where_it_was(
+    found: tuple[ScenesPipeline, Search, Path], table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, saves, runs = tmp_path / "recipe.json", [0], [0]
+    save, sample = WorkFolder.save, ScenesPipeline.__call__
+
+    def interrupted(folder: WorkFolder, solved: Mapping[str, Any]) -> None:
+        saves[0] += 1
+        if saves[0] == 3:
+            raise KeyboardInterrupt
+        save(folder, solved)
+
+    def counting(pipe: ScenesPipeline, *args: Any, **kwargs: Any) -> Any:
+        runs[0] += 1
+        return sample(pipe, *args, **kwargs)
+
+    def search(**changed: Any) -> Search:
+        prompts = caption(random_scenes(8, torch.Generator().manual_seed(0)))
+        options = {"ranks": (0, 16, 32), "times": table, "output": recipe, "batch_size": 2, "progress": False, "num_inference_steps": 4}
+        return rtlynx.search(tiny_pipeline(), prompts, config=CONFIG, **{"budget": 0.8, **options, **changed})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WorkFolder, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert not recipe.exists() and len(list(tmp_path.glob("recipe.json.work/*.safetensors"))) == 2
+    with pytest.raises(InvalidArgumentError, match=r"search: argument `output`: got .* of a run with other settings"):
+        search(ranks=(0, 16))
+    monkeypatch.setattr(ScenesPipeline, "__call__", counting)
+    again = search()
+    assert [file.name for file in tmp_path.iterdir()] == [recipe.name]
+    assert again.config == found[1].config and again.points == found[1].points
+    assert again.compensation.tensors.keys() == found[1].compensation.tensors.keys()
+    assert all(torch.equal(tensor, again.compensation.tensors[name]) for name, tensor in found[1].compensation.tensors.items())
+    monkeypatch.setattr(WorkFolder, "remove", lambda folder: None)  # as if it had ended before its files were removed
+    search()
+    runs[0] = 0
+    search()
+    assert runs[0] == 2  # held-out ones: one to count calls, one to keep some
 
 
 def test_probes_find_the_error_that_reaches_the_output() -> None:
@@ -185,7 +228,7 @@ def test_times_are_measured_on_tokens_that_the_layers_read(monkeypatch: pytest.M
         LayerInput({f"{i}": layer}, Samples(x, torch.zeros(1000, dtype=torch.int32)), 1000)
         for i, (layer, x) in enumerate(zip(layers, read, strict=False))
     ]
-    units = list(fit_units(inputs, Fit("split", 16), [0, 16], torch.device("cpu")))
+    units = [unit for units in fit_units(inputs, Fit("split", 16), [0, 16], torch.device("cpu")) for unit in units]
     for unit, x in zip(units, read, strict=True):
         assert unit.tokens is not None and torch.equal(unit.tokens, x[::4])
     few, many = _tokens(units, 100), _tokens(units, 1200)

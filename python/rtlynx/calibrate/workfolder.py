@@ -1,4 +1,4 @@
-"""`WorkFolder`: layers that are solved already, beside the file in the making, so that an interrupted calibration goes on."""
+"""`WorkFolder`: layers that are solved already, beside the file in the making, so that an interrupted calibration or search goes on."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ class WorkFolder:
     Args:
         output: The file in the making.
         settings: Everything the result depends on, JSON-able.
+        op: Who asks, for the message of an error.
 
     Raises:
         InvalidArgumentError: The folder holds layers that were solved under other settings.
     """
 
-    def __init__(self, output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    def __init__(self, output: str | os.PathLike[str], settings: dict[str, Any], op: str = "calibrate") -> None:
         self.folder = Path(f"{os.fspath(output)}.work")
         path = self.folder / _SETTINGS
         text = json.dumps(settings, indent=1, sort_keys=True)
         if path.is_file() and path.read_text() != text:
             expected = "the settings of the interrupted run, or no such folder: remove it to start anew"
-            raise InvalidArgumentError("calibrate", "output", f"{self.folder} of a run with other settings", expected)
+            raise InvalidArgumentError(op, "output", f"{self.folder} of a run with other settings", expected)
         with atomic_path(path) as temporary:
             temporary.write_text(text)
 

@@ -51,18 +51,21 @@ class Unit:
 
 
 @torch.no_grad()
-def fit_units(inputs: Iterable[LayerInput], fit: Fit, ranks: Sequence[int], device: torch.device) -> Iterator[Unit]:
-    """Fit all ranks to every input; of its samples no more than a few tokens are needed then."""
+def fit_units(inputs: Iterable[LayerInput], fit: Fit, ranks: Sequence[int], device: torch.device) -> Iterator[list[Unit]]:
+    """Fit all ranks to every input, and give its units; of its samples no more than a few tokens are needed then."""
     for input in inputs:
         x = input.samples.x
         tokens = x[:: max(1, -(-len(x) // _KEPT_TOKENS))].to("cpu", copy=True)  # of all steps
         cache: Cache = {}  # one selection and its moments serve all ranks
         fitted = {rank: dict(fit_input(input, replace(fit, rank=rank), device, cache)) for rank in ranks}
-        for layers in _together(input.layers):
-            yield Unit(layers, {rank: {name: found[name] for name in layers} for rank, found in fitted.items()}, tokens)
+        yield [
+            Unit(layers, {rank: {name: found[name] for name in layers} for rank, found in fitted.items()}, tokens)
+            for layers in together(input.layers)
+        ]
 
 
-def _together(layers: Mapping[str, SparseLinear]) -> list[dict[str, SparseLinear]]:
+def together(layers: Mapping[str, SparseLinear]) -> list[dict[str, SparseLinear]]:
+    """Layers by what is decided for all of them: those that may share a selection."""
     groups: dict[object, dict[str, SparseLinear]] = {}
     for name, layer in layers.items():
         groups.setdefault(layer if layer.input_group is None else layer.input_group, {})[name] = layer

@@ -18,19 +18,24 @@ from rtlynx.apply import applied_config, apply, remember_config
 from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect
 from rtlynx.calibrate.fit import Fit, too_few, warn_of_few
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
+from rtlynx.calibrate.workfolder import WorkFolder
 from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
 from rtlynx.eligibility import sparse_layers, target_module, target_modules
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.evaluate.trajectory import Trajectory
+from rtlynx.fingerprint import fingerprint
+from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipe_file import write_recipe
 from rtlynx.recipes import find_recipe
 from rtlynx.search.effects import Effects
 from rtlynx.search.knapsack import exchanges, solve
 from rtlynx.search.options import Option, Unit, chosen, fit_units, label
+from rtlynx.search.stored import store, stored
 from rtlynx.search.times import option_times
+from rtlynx.version import __version__
 
 logger = logging.getLogger("rtlynx")
 
@@ -117,7 +122,8 @@ def search(
         selection: Likewise.
         times: ``layer.csv`` of ``rtlynx bench gemm``, to take times from instead of measuring them here; ``"work"`` to count the work of
             tensor cores instead, whatever kernels make of it.
-        output: Where to save the recipe, e.g. ``"recipe.json"``.
+        output: Where to save the recipe, e.g. ``"recipe.json"``. What is fitted is kept beside it, so that the same call goes on after an
+            interruption.
         probes: Random probes of every held-out call.
         calls: Held-out calls of each run, evenly spread over its steps.
         refine: Exchanges to measure.
@@ -148,6 +154,13 @@ def search(
     config = replace(config, branch=fit.rule.branch)
     apply(root, config)
     layers = sparse_layers(root)
+    inputs = [prompts if prompts is None else list(prompts), batch_size, sorted((key, repr(value)) for key, value in pipe_kwargs.items())]
+    folder = None if output is None else WorkFolder(output, _settings(fit, options, config, layers, inputs), "search")
+    units = [] if folder is None else stored(folder, layers)
+    solved = {name for unit in units for name in unit.layers}
+    if solved:
+        logger.info("search: going on with %d of %d layers fitted", len(solved), len(layers))
+    waiting = {name: layer for name, layer in layers.items() if name not in solved}
     device = getattr(pipe_or_module, "_execution_device", next(iter(layers.values())).weight.device)
     few: list[str] = []
     samples = Budget(_TOKENS_PER_CHANNEL, available_memory(device) if memory is None else memory, device)
@@ -155,9 +168,13 @@ def search(
         with (
             all_dense(layers),
             tqdm(total=len(fit_runs), desc="search: dense runs", unit="run", disable=not progress) as bar,
-            closing(collect(layers, fit_runs, samples, seed=seed, bar=bar, op="search")) as found,
+            closing(collect(waiting, fit_runs, samples, seed=seed, bar=bar, op="search")) as found,
         ):
-            units = list(fit_units(_noting_few(found, few), fit, options[1:], device))  # type: ignore[arg-type]
+            for of_one_input in fit_units(_noting_few(found, few), fit, options[1:], device):  # type: ignore[arg-type]
+                units += of_one_input
+                if folder is not None:
+                    store(folder, of_one_input)
+        units.sort(key=lambda unit: list(layers).index(unit.name))  # whichever of them were stored
         warn_of_few("search", few)
         for name in sorted(layers.keys() - {name for unit in units for name in unit.layers}):
             logger.warning("search: %s was never called; it stays dense", name)
@@ -183,7 +200,18 @@ def search(
     made_with = {**settings, "points": [asdict(point) for point in points]}
     if output is not None:
         write_recipe(output, config, {"model": type(root).__name__, **made_with})
+    if folder is not None:
+        folder.remove()
     return Search(config, replace(Compensation.from_model(root), made_with=made_with), tuple(points), times_from)
+
+
+def _settings(
+    fit: Fit, options: Sequence[Option], config: SparsityConfig, layers: dict[str, SparseLinear], inputs: object
+) -> dict[str, Any]:
+    """All that what is fitted depends on."""
+    versions = {"rtlynx": __version__, "torch": str(torch.__version__)}
+    about = {"ranks to choose from": options, "config": config.to_dict(), "layers": fingerprint(layers), "runs": inputs}
+    return {**asdict(fit), **about, "tokens_per_channel": _TOKENS_PER_CHANNEL, **versions}
 
 
 def _noting_few(inputs: Iterable[LayerInput], few: list[str]) -> Iterator[LayerInput]:

@@ -70,7 +70,7 @@ class Searcher:
         device = next(iter(layers.values())).weight.device
         with tqdm(desc="search: probes", total=_CALLS * len(held_out), disable=not progress, leave=False) as bar:
             ranks = [option for option in self.options if option is not None]
-            self.units = list(fit_units(inputs, fit, ranks, device))
+            self.units = [unit for units in fit_units(inputs, fit, ranks, device) for unit in units]
             for layer in layers.values():
                 layer.set_compensation()
             with all_dense(layers):
