@@ -1,7 +1,25 @@
 """Released models in full size: every linear layer, sparse or dense and why.
 
-The values of a configuration are meant to be those of the released model; most were written down without the released files at hand, so a
-test that builds on them pins the recipe on those sizes, not the sizes.
+The configurations, the defaults of diffusers' classes included, were compared with public sources; nothing was compared with the weights:
+
+- FLUX.1, all four: src/flux/util.py of black-forest-labs/flux.
+- FLUX.2-dev: scripts/convert_flux2_to_diffusers.py of huggingface/diffusers, src/flux2/model.py of black-forest-labs/flux2.
+- Qwen-Image: diffsynth/models/qwen_image_dit.py of modelscope/DiffSynth-Studio. Qwen-Image-Edit-2511: app/utils/model_utils.py of
+  ModelTC/LightX2V. No file by the models' authors was found.
+- Z-Image-Turbo: src/config/model.py of Tongyi-MAI/Z-Image. transformer/config.json, written with these values as diffusers 0.36.0.dev0
+  would, has the MD5 sum that src/config/manifests/z-image-turbo.txt there gives. Z-Image: docs/z-image.md of zhutao100/Z-Image.swift, where
+  the text's width is its encoder's; for the rotary embedding's axes no source was found, they are taken to be Turbo's.
+- Chroma1-HD: src/models/chroma/model.py of lodestone-rock/flow, which names no release. The class's defaults agree, and its
+  docstring refers to Chroma1-HD.
+- SD3.5: tools/checkpoint_conversion/convert_stable_diffusion_3_checkpoints.py of keras-team/keras-hub; the widths of the texts in
+  candle-transformers/src/models/mmdit/model.rs of huggingface/candle. Stability-AI/sd3.5 reads both off the weights.
+- PixArt-Sigma: scripts/convert_pixart_sigma_to_diffusers.py of huggingface/diffusers, diffusion/model/nets/PixArtMS.py of
+  PixArt-alpha/PixArt-sigma.
+- Wan: scripts/convert_wan_to_diffusers.py of huggingface/diffusers, wan/configs of Wan-Video/Wan2.1 and Wan-Video/Wan2.2.
+- HunyuanVideo: scripts/convert_hunyuan_video_to_diffusers.py of huggingface/diffusers, hyvideo/modules/models.py and hyvideo/config.py of
+  Tencent-Hunyuan/HunyuanVideo.
+- LTX-Video: scripts/convert_ltx_to_diffusers.py of huggingface/diffusers; 0.9 also ltx_video/utils/diffusers_config_mapping.py of
+  Lightricks/LTX-Video.
 """
 
 from __future__ import annotations
@@ -154,7 +172,7 @@ def z_image_blocks(blocks: str, count: int) -> Layers:
 
 Z_IMAGE = Case(
     "ZImageTransformer2DModel",
-    {},
+    {"axes_lens": [1536, 512, 512]},
     "z-image",
     z_image_blocks("layers", 30) | z_image_blocks("noise_refiner", 2) | z_image_blocks("context_refiner", 2),
     layers(
@@ -252,7 +270,7 @@ CASES = {
     ),
     "PixArt-Sigma-XL-2-1024": Case(
         "PixArtTransformer2DModel",
-        {"caption_channels": 4096, "use_additional_conditions": False},
+        {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False},
         "pixart",
         cross_attention_blocks("transformer_blocks", 1152, "ff", 4608, 28),
         layers(
