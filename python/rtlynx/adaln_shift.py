@@ -147,6 +147,7 @@ class _Shifts:
         self.now: tuple[Tensor, ...] = ()
         self.last: tuple[Tensor, Tensor] | None = None  # an input, and that without its shift
         self.norm: tuple[Tensor, Tensor, Tensor] | None = None  # a shift, and what takes it away as a norm
+        self.left_to_layer: ShiftReader | None = None  # whose layer is to ask for its output in the call that runs
 
     def remember(self, producer: nn.Module, args: object, modulation: Tensor) -> None:
         self.now = modulation.chunk(self.parts, -1) if modulation.dim() == 2 else ()
@@ -154,7 +155,7 @@ class _Shifts:
 
     def forget(self, *_: object) -> None:
         """At the block's end: nothing stays in memory, and compiled blocks do not return it."""
-        self.now, self.last, self.norm = (), None, None
+        self.now, self.last, self.norm, self.left_to_layer = (), None, None, None
 
     def of(self, part: int, x: Tensor) -> Tensor | None:
         """The shift that is part of x; None where none is known to be."""
@@ -181,11 +182,10 @@ class ShiftReader:
     Attributes:
         shifts: What is known of the shifts of the layer's block.
         though_dense: See `shifted_though_dense`.
-        left_to_layer: Whether the call that runs is to ask for `output`.
     """
 
     def __init__(self, shifts: _Shifts, part: int) -> None:
-        self.though_dense = self.left_to_layer = False
+        self.though_dense = False
         self.shifts, self._part = shifts, part
         self._taken: Tensor | None = None  # from the input of the call that runs
         self._layers: list[SparseLinear] = []
@@ -212,11 +212,18 @@ class ShiftReader:
         # A dense layer's output is that of the dense model, to the bit.
         dense = layer.dense_step or (layer.is_dense_now(x.shape[:-1].numel(), x.device) and not self.though_dense)
         self._taken = None if dense else self.shifts.of(self._part, x)
-        self.left_to_layer = self._taken is not None and self._layer_can(layer, x)
-        if self._taken is None or self.left_to_layer:
+        if self._taken is None:
+            return None
+        if self._layer_can(layer, x):
+            self.shifts.left_to_layer = self
             return None
         x = self.shifts.without(x, self._taken)
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
+
+    @property
+    def left_to_layer(self) -> bool:
+        """Whether the shift is still part of the input of the call that runs, for the layer to ask for its `output`."""
+        return self.shifts.left_to_layer is self
 
     @staticmethod
     def _layer_can(layer: SparseLinear, x: Tensor) -> bool:
@@ -225,17 +232,20 @@ class ShiftReader:
         return alone and layer.takes_norm(x.shape[:-1].numel(), x.device)
 
     def output(self, layer: SparseLinear, x: Tensor) -> Tensor:
-        """What ``layer`` gives for x in the call that is left to it: to be asked once, within its `forward`."""
+        """What ``layer`` gives for x in the call that is `left_to_layer`: to be asked once, within its `forward`."""
         from rtlynx.sharing import select_normed  # which is built on fused projections, and those on this
 
         assert self._taken is not None
-        shift, self._taken, self.left_to_layer = self._taken, None, False
+        shift, self._taken, self.shifts.left_to_layer = self._taken, None, None
         stats, bias = self.shifts.as_norm(x, shift)
         selected = select_normed(layer, x, stats, None, bias)
         return layer.multiply(selected, x.dtype, x.shape[:-1], shift=shift)
 
     def _give_back(self, layer: SparseLinear, args: object, output: Tensor) -> Tensor | None:
         shift, self._taken = self._taken, None
+        if self.left_to_layer:  # something else than the layer's `forward` has served the call, and had the whole input
+            self.shifts.left_to_layer = None
+            return None
         return None if shift is None else output + _product(layer, shift).unsqueeze(1)
 
 

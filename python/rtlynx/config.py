@@ -36,8 +36,9 @@ class SparsityConfig:
             (the paper's form). ``"none"``: no branch.
         selection: ``"magnitude"`` keeps the 2 largest of 4 ``|x_j|``, ``"weight"`` the 2 largest ``|x_j|·‖W_:j‖``.
         adaln_shift: Whether layers that read LN(h)(1 + scale) + shift select from what is left without that shift, of each sample and step,
-            and get ``shift · Wᵀ`` added (see `rtlynx.adaln_shift`): less error, for passes of their own where nothing is
-            compiled. In FLUX.1, SD3.5, Qwen-Image, HunyuanVideo.
+            and get ``shift · Wᵀ`` added (see `rtlynx.adaln_shift`): less error, for passes of their own where
+            selection does not take it away itself (compiled, with gradients, of several samples). In FLUX.1, SD3.5, Qwen-Image,
+            HunyuanVideo.
         dense_first: Share of the way from noise to picture, at its start, on which all layers compute densely (see `rtlynx.dense_steps`).
         dense_last: The same at its end.
         small_m: ``"dense"``: a layer computes the exact dense product when it is called with fewer tokens than the sparse one is

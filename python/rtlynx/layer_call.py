@@ -128,10 +128,11 @@ class DenseCall:
 
     @classmethod
     def after(cls, layer: SparseLinear, input: Tensor) -> DenseCall | None:
-        """For a layer that has just multiplied ``input`` densely; None where that was for another reason."""
+        """For a layer that is about to multiply ``input`` densely; None where that is for another reason."""
         if layer.dense or layer.dense_step:
             return None
-        return cls(layer, input.device, layer.least_tokens(input.device))
+        call = cls(layer, input.device, layer.least_tokens(input.device))
+        return call if call.serves(layer, input) else None
 
     def __call__(self, layer: SparseLinear, input: Tensor) -> Tensor | None:
         """The layer's output, or None where something is not as it was."""

@@ -226,7 +226,7 @@ class SparseLinear(LayerState):
             return output
         tokens = input.shape[:-1]
         if self.is_dense_now(tokens.numel(), input.device):
-            if eager and self._call is None:  # one that was sparse before will be again
+            if eager and not isinstance(self._call, LayerCall):  # one that was sparse before will be again
                 self._call = DenseCall.after(self, input)
             return self._dense(input)
         output = self.multiply(self._selected(input), self.compute_dtype, tokens)

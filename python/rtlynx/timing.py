@@ -49,8 +49,8 @@ def _time_behind_writes(function: Callable[[], object], flush: torch.Tensor) -> 
             flush.zero_()
         start.record()
         function()
-        host_was_late = start.query()  # the device may have waited for it then
         end.record()
+        host_was_late = start.query()  # the device may have waited for it then
         end.synchronize()
         if not host_was_late or flushes == _MOST_FLUSHES:
             return float(start.elapsed_time(end))

@@ -102,6 +102,29 @@ def test_selection_takes_the_shift_away_as_a_pass_before_it_would(rank: int, sam
     assert torch.equal(selections[1], once) and len(selections) == 2
 
 
+@torch.no_grad()
+def test_a_call_that_others_than_the_layer_serve_is_given_back_nothing() -> None:
+    model, inputs, _ = modulated("flux", SHIFTED)
+    layer = model.transformer_blocks[0].attn.to_q
+    x, shift = torch.randn(2, 5, 128), torch.randn(2, 128)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+    with shift_in_input([layer], shift):
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+    def fail(x: Tensor) -> Tensor:
+        raise RuntimeError("no memory")
+
+    layer.forward = fail
+    with pytest.raises(RuntimeError, match="no memory"):
+        output(model, inputs)
+    del layer.forward
+    assert not layer.shift_reader.left_to_layer
+    rtlynx.apply(model, PLAIN)
+    want = layer(x)
+    rtlynx.apply(model, SHIFTED)
+    assert torch.equal(layer.forward(x), want)
+
+
 def test_a_layer_alone_is_not_shifted() -> None:
     model, inputs, _ = modulated("flux", SHIFTED)
     output(model, inputs)

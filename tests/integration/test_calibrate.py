@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from rtlynx.calibrate.calibrate import _solve
 from rtlynx.calibrate.collect import LayerInput, all_dense
 from rtlynx.calibrate.fit import Fit
 from rtlynx.calibrate.samples import Reservoir, Samples
-from rtlynx.calibrate.workfolder import WorkFolder
+from rtlynx.calibrate.workfolder import WorkFolder, described
 from rtlynx.eligibility import sparse_layers
 from tiny_models import TINY, output, relative_error
 
@@ -279,6 +280,32 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert saved.made_with["method"] == "split" and saved.made_with == resumed.made_with
     for name, tensor in at_once.tensors.items():
         assert torch.equal(tensor, resumed.tensors[name]) and torch.equal(tensor, saved.tensors[name]), name
+
+
+def test_a_run_that_solved_nothing_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    path, inputs = tmp_path / "tiny.safetensors", TINY["flux"].inputs("cpu", F32)
+    pipe = rtlynx.apply(Pipe(), SparsityConfig(rank=16))
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rtlynx.calibrate(pipe, run=fail, output=path, progress=False)
+    rtlynx.calibrate(pipe, run=lambda: output(pipe.transformer, inputs), output=path, seed=1, progress=False)
+    assert path.is_file()
+
+
+def test_arguments_are_described_by_what_they_are() -> None:
+    def arguments(seed: int = 0, colour: int = 0) -> dict[str, object]:
+        picture = Image.new("RGB", (4, 4), (colour, 0, 0))
+        values = torch.ones(3, dtype=torch.bfloat16) * colour
+        return {"generator": torch.Generator().manual_seed(seed), "image": [picture], "latents": values, "callback": fail, "steps": 8}
+
+    def fail() -> None: ...
+
+    assert described(arguments()) == described(arguments())
+    assert described(arguments()) != described(arguments(seed=1)) and described(arguments()) != described(arguments(colour=1))
+    assert [key for key, _ in described(arguments())] == ["callback", "generator", "image", "latents", "steps"]
 
 
 def test_too_little_memory_is_refused() -> None:

@@ -106,15 +106,19 @@ ADALN = Row("split_adaln", Fit("split", 8, ("shift",)), adaln=True)
 
 def test_layers_that_adaln_feeds_are_timed_with_what_is_done_around_them(bench: QualityBench) -> None:
     samples, rows = 3, 3 * 5 + 1
-    with bench._as(ADALN), torch.no_grad(), ExitStack() as hooks:
+    with bench._as(ADALN), torch.no_grad(), ExitStack() as hooks, ExitStack() as watchers:
         seen: dict[SparseLinear, tuple[Tensor, Tensor]] = {}
         for layer in bench.layers.values():
             handle = layer.register_forward_hook(lambda layer, args, output: seen.update({layer: (args[0], output)}))
             hooks.callback(handle.remove)
+            # A layer whose input is watched is given what it selects from; else its selection takes the shift away itself.
+            watchers.callback(layer.register_forward_pre_hook(lambda *_: None).remove)
         fed = adaln_layers(bench.pipe.transformer)
+        watched: dict[SparseLinear, Tensor] = {}
         for input in bench._samples_of(True)[0]:
             call, _ = layer_calls(input, rows, samples)
             call()
+            watched |= {layer: seen[layer][1] for layer in input.layers.values()}
             first = {layer: seen[layer] for layer in input.layers.values()}
             assert len({id(left) for left, _ in first.values()}) == 1  # q, k and v read one tensor
             for name, layer in input.layers.items():
@@ -130,6 +134,11 @@ def test_layers_that_adaln_feeds_are_timed_with_what_is_done_around_them(bench: 
             call()
             assert all(torch.equal(seen[layer][1], output) for layer, (_, output) in first.items())
             assert all((seen[layer][0] is first[layer][0]) == (name not in fed) for name, layer in input.layers.items())
+        watchers.close()
+        for input in bench._samples_of(True)[0]:
+            layer_calls(input, rows, samples)[0]()
+            for layer in input.layers.values():
+                torch.testing.assert_close(seen[layer][1], watched[layer], rtol=1e-4, atol=1e-4)
     assert len(fed) == 8 + 4
 
 

@@ -139,6 +139,18 @@ def test_what_it_remembers_follows_what_it_depends_on(change: str) -> None:
 
 
 @torch.no_grad()
+def test_what_it_remembers_is_replaced_when_it_is_outdated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "least_tokens", lambda *about: LEAST)
+    layer, x = make(), torch.randn(5, K)
+    layer(x)
+    before = layer._call
+    layer.set_compensation(torch.randn(K, 32) / 8, torch.randn(N, 32) / 8)
+    assert not layer.was_dense(x)
+    layer(x)
+    assert layer._call is not before and layer.was_dense(x)
+
+
+@torch.no_grad()
 @pytest.mark.usefixtures("asked")
 def test_a_layer_that_is_told_to_be_dense_remembers_nothing() -> None:
     few, many = torch.randn(5, K), torch.randn(LEAST, K)

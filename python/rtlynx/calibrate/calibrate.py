@@ -20,7 +20,7 @@ from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_me
 from rtlynx.calibrate.fit import Fit, Tensors, fit_input, too_few, warn_of_few
 from rtlynx.calibrate.processes import Processes
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
-from rtlynx.calibrate.workfolder import WorkFolder
+from rtlynx.calibrate.workfolder import WorkFolder, described
 from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
@@ -77,7 +77,8 @@ def calibrate(
         bias: Whether a bias restores the mean of what is still missing. A number of groups splits the way from noise to picture into so
             many parts of equal length in noise level, each with a bias of its own: 4 gives every quarter one. True is 1.
         share: Whether layers that select from one input together (q, k and v) get one branch, so that they still can.
-        output: Where to save the result. Layers that are solved are kept beside it, so that the same call goes on after an interruption.
+        output: Where to save the result. Layers that are solved are kept beside it, in ``<output>.work``, so that the same call goes on
+            after an interruption; whether ``run`` is the same nobody can tell.
         seed: Of the pipeline's noise and of the sampling of tokens.
         progress: Whether to show progress bars.
         tokens_per_channel: Tokens to keep of one input, as a multiple of its channels, but `MIN_TOKENS` at least.
@@ -124,7 +125,7 @@ def calibrate(
     lists = {"selection": list(fit.selection), "ranks": [list(pair) for pair in fit.ranks]}  # as JSON gives them back
     made_with = {**dataclasses.asdict(fit), **lists, "tokens_per_channel": tokens_per_channel, **versions}
     digests = fingerprint(layers)
-    inputs = [prompts, batch_size, sorted((key, repr(value)) for key, value in pipe_kwargs.items())]
+    inputs = [prompts, batch_size, described(pipe_kwargs)]
     if any(theirs != digests for theirs in processes.exchange(digests)):
         raise InvalidArgumentError("calibrate", "pipe_or_module", "a model with other weights in another process", "the same in all")
     settings: dict[str, Any] = {**made_with, "config": config.to_dict(), "layers": digests, "runs": inputs}

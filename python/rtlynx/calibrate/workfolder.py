@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,24 @@ _EMPTY = "empty"
 _LAYERS = "layers"
 _OF = "/"
 """Between the name of a layer and that of its tensor: names have no slash."""
+
+
+def described(arguments: Mapping[str, object]) -> list[tuple[str, str]]:
+    """Arguments of a pipeline as settings: the same text for the same values, whichever objects hold them."""
+    return sorted((key, _described(value)) for key, value in arguments.items())
+
+
+def _described(value: object) -> str:
+    if isinstance(value, torch.Generator):
+        return f"generator, seed {value.initial_seed()}"
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().float().numpy()
+    if hasattr(value, "tobytes"):  # an array or a picture
+        size = getattr(value, "shape", None) or getattr(value, "size", None)
+        return f"{size}, {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+    if isinstance(value, (list, tuple)):
+        return str([_described(item) for item in value])
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class WorkFolder:
@@ -43,7 +63,7 @@ class WorkFolder:
         self.folder = Path(f"{os.fspath(output)}.work")
         path = self.folder / _SETTINGS
         text = json.dumps(settings, indent=1, sort_keys=True)
-        if path.is_file() and path.read_text() != text:
+        if self._files() and path.is_file() and path.read_text() != text:
             expected = "the settings of the interrupted run, or no such folder: remove it to start anew"
             raise InvalidArgumentError(op, "output", f"{self.folder} of a run with other settings", expected)
         with atomic_path(path) as temporary:
@@ -51,14 +71,20 @@ class WorkFolder:
 
     def load(self) -> dict[str, Tensors]:
         """Layers that were solved, by name."""
-        found: dict[str, Tensors] = {}
-        for path in sorted(self.folder.glob("[!.]*.safetensors")):
+        return {layer: tensors for solved in self.rounds() for layer, tensors in solved.items()}
+
+    def rounds(self) -> Iterator[dict[str, Tensors]]:
+        """The same, those together that were solved together."""
+        for path in self._files():
             with safe_open(path, framework="pt") as file:
-                found |= {layer: {} for layer in json.loads(file.metadata()[_LAYERS])}
+                found: dict[str, Tensors] = {layer: {} for layer in json.loads(file.metadata()[_LAYERS])}
                 for key in set(file.keys()) - {_EMPTY}:
                     layer, _, name = key.partition(_OF)
                     found[layer][name] = file.get_tensor(key)
-        return found
+            yield found
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("[!.]*.safetensors"))
 
     def save(self, solved: Mapping[str, Tensors]) -> None:
         """Write layers that were solved together."""

@@ -18,7 +18,7 @@ from rtlynx.apply import applied_config, apply, remember_config
 from rtlynx.calibrate.collect import Budget, LayerInput, all_dense, available_memory, collect
 from rtlynx.calibrate.fit import Fit, too_few, warn_of_few
 from rtlynx.calibrate.runs import Run, pipeline_runs, quiet
-from rtlynx.calibrate.workfolder import WorkFolder
+from rtlynx.calibrate.workfolder import WorkFolder, described
 from rtlynx.compacted import refuse_compact
 from rtlynx.compensation import Compensation
 from rtlynx.config import SparsityConfig
@@ -122,8 +122,8 @@ def search(
         selection: Likewise.
         times: ``layer.csv`` of ``rtlynx bench gemm``, to take times from instead of measuring them here; ``"work"`` to count the work of
             tensor cores instead, whatever kernels make of it.
-        output: Where to save the recipe, e.g. ``"recipe.json"``. What is fitted is kept beside it, so that the same call goes on after an
-            interruption.
+        output: Where to save the recipe, e.g. ``"recipe.json"``. What is fitted is kept beside it, in ``<output>.work``, so that the same
+            call goes on after an interruption; whether ``run`` is the same nobody can tell.
         probes: Random probes of every held-out call.
         calls: Held-out calls of each run, evenly spread over its steps.
         refine: Exchanges to measure.
@@ -154,7 +154,7 @@ def search(
     config = replace(config, branch=fit.rule.branch)
     apply(root, config)
     layers = sparse_layers(root)
-    inputs = [prompts if prompts is None else list(prompts), batch_size, sorted((key, repr(value)) for key, value in pipe_kwargs.items())]
+    inputs = [prompts if prompts is None else list(prompts), batch_size, described(pipe_kwargs)]
     folder = None if output is None else WorkFolder(output, _settings(fit, options, config, layers, inputs), "search")
     units = [] if folder is None else stored(folder, layers)
     solved = {name for unit in units for name in unit.layers}
@@ -174,7 +174,8 @@ def search(
                 units += of_one_input
                 if folder is not None:
                     store(folder, of_one_input)
-        units.sort(key=lambda unit: list(layers).index(unit.name))  # whichever of them were stored
+        places = {name: i for i, name in enumerate(layers)}
+        units.sort(key=lambda unit: places[unit.name])  # whichever of them were stored
         warn_of_few("search", few)
         for name in sorted(layers.keys() - {name for unit in units for name in unit.layers}):
             logger.warning("search: %s was never called; it stays dense", name)
@@ -208,7 +209,7 @@ def search(
 def _settings(
     fit: Fit, options: Sequence[Option], config: SparsityConfig, layers: dict[str, SparseLinear], inputs: object
 ) -> dict[str, Any]:
-    """All that what is fitted depends on."""
+    """All that what is fitted depends on and that can be told apart."""
     versions = {"rtlynx": __version__, "torch": str(torch.__version__)}
     about = {"ranks to choose from": options, "config": config.to_dict(), "layers": fingerprint(layers), "runs": inputs}
     return {**asdict(fit), **about, "tokens_per_channel": _TOKENS_PER_CHANNEL, **versions}

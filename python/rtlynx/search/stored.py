@@ -27,9 +27,13 @@ def store(folder: WorkFolder, units: Sequence[Unit]) -> None:
 
 def stored(folder: WorkFolder, layers: Mapping[str, SparseLinear]) -> list[Unit]:
     """The units of ``layers`` that were written."""
+    return [unit for solved in folder.rounds() for unit in _units(solved, layers)]
+
+
+def _units(solved: Mapping[str, Tensors], layers: Mapping[str, SparseLinear]) -> list[Unit]:
     fitted: dict[str, dict[int, Tensors]] = {}
     tokens: dict[str, Tensors] = {}
-    for key, tensors in folder.load().items():
+    for key, tensors in solved.items():
         name, _, what = key.rpartition(_OF)
         if what == _TOKENS:
             tokens[name] = tensors
