@@ -196,6 +196,23 @@ def test_group_offloading_of_a_pipeline(kind: str) -> None:
         assert torch.equal(sample(pipe), want)
 
 
+def check_control(pipe: Any, draw: Callable[..., Tensor]) -> None:
+    """The transformer is made sparse, then the ControlNet too, and both dense again; ``draw`` takes how much the ControlNet counts."""
+    dense = draw()
+    assert relative_error(draw(0.0), dense) > 1e-3
+    rtlynx.apply(pipe)
+    transformer = draw()
+    assert not sparse_layers(pipe.controlnet)
+    rtlynx.apply(pipe.controlnet)
+    both = draw()
+    assert transformer.isfinite().all() and both.isfinite().all()
+    assert not torch.equal(transformer, dense) and not torch.equal(both, transformer)
+    rtlynx.remove(pipe.controlnet)
+    assert torch.equal(draw(), transformer)
+    rtlynx.remove(pipe)
+    assert torch.equal(draw(), dense)
+
+
 def test_a_controlnet_pipeline() -> None:
     pipe = flux_pipeline()
     parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
@@ -206,19 +223,7 @@ def test_a_controlnet_pipeline() -> None:
     def draw(scale: float = 1.0) -> Tensor:
         return sample(with_control, control_image=image, controlnet_conditioning_scale=scale)
 
-    dense = draw()
-    assert relative_error(draw(0.0), dense) > 1e-3
-    rtlynx.apply(with_control)
-    transformer = draw()
-    assert not sparse_layers(with_control.controlnet)
-    rtlynx.apply(with_control.controlnet)
-    both = draw()
-    assert transformer.isfinite().all() and both.isfinite().all()
-    assert not torch.equal(transformer, dense) and not torch.equal(both, transformer)
-    rtlynx.remove(with_control.controlnet)
-    assert torch.equal(draw(), transformer)
-    rtlynx.remove(with_control)
-    assert torch.equal(draw(), dense)
+    check_control(with_control, draw)
 
 
 def test_lora_files_come_and_go() -> None:
@@ -320,18 +325,7 @@ def test_a_controlnet_of_sd3() -> None:
             torch.manual_seed(9)  # the pipeline encodes the condition with noise that its generator does not know
             return sample_guided(with_control, control_image=image, controlnet_conditioning_scale=scale)
 
-    dense = draw()
-    assert relative_error(draw(0.0), dense) > 1e-3
-    rtlynx.apply(with_control)
-    transformer = draw()
-    assert not sparse_layers(with_control.controlnet)
-    rtlynx.apply(with_control.controlnet)
-    both = draw()
-    assert both.isfinite().all() and not torch.equal(transformer, dense) and not torch.equal(both, transformer)
-    rtlynx.remove(with_control.controlnet)
-    assert torch.equal(draw(), transformer)
-    rtlynx.remove(with_control)
-    assert torch.equal(draw(), dense)
+    check_control(with_control, draw)
 
 
 def test_another_pipeline_of_the_same_parts_is_sparse_too() -> None:
