@@ -34,6 +34,7 @@ from rtlynx.linear import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import find_recipe
 from rtlynx.recipes.recipe import Modulation
+from rtlynx.select_normed import select_normed
 
 logger = logging.getLogger("rtlynx")
 
@@ -233,8 +234,6 @@ class ShiftReader:
 
     def output(self, layer: SparseLinear, x: Tensor) -> Tensor:
         """What ``layer`` gives for x in the call that is `left_to_layer`: to be asked once, within its `forward`."""
-        from rtlynx.sharing import select_normed  # which is built on fused projections, and those on this
-
         assert self._taken is not None
         shift, self._taken, self.shifts.left_to_layer = self._taken, None, None
         stats, bias = self.shifts.as_norm(x, shift)

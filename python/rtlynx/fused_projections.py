@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rtlynx.adaln_shift import follow_adaln_shift
 from rtlynx.compacted import refuse_compact
-from rtlynx.linear import SparseLinear, same_selection
+from rtlynx.layer_state import same_selection
+from rtlynx.linear import SparseLinear
 from rtlynx.reference import MAX_RANK
 
 logger = logging.getLogger("rtlynx")

@@ -397,3 +397,8 @@ def _in_channel_order(layer: LayerState) -> Tensor | None:
     """The layer's score as it would be without its permutation."""
     score, permutation = layer.score, layer.permutation
     return score if score is None or permutation is None else torch.empty_like(score).index_copy_(0, permutation, score)
+
+
+def same_selection(a: SelectionInputs, b: SelectionInputs) -> bool:
+    """Whether two layers ask for the same selection: the same objects, since comparing tensors would cost more than selecting."""
+    return all(x is y or (type(x) is float and x == y) for x, y in zip(a, b, strict=True))

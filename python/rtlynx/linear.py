@@ -19,9 +19,10 @@ from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, dequantized_weight
 from rtlynx.layer_call import DenseCall, LayerCall
 from rtlynx.layer_shapes import check_compensation
-from rtlynx.layer_state import LayerState, SelectionInputs
+from rtlynx.layer_state import LayerState
 from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
+from rtlynx.take_over import take_over
 
 if TYPE_CHECKING:
     from rtlynx.adaln_shift import ShiftReader
@@ -138,14 +139,14 @@ class SparseLinear(LayerState):
     def from_linear(cls, linear: nn.Linear, config: SparsityConfig | None = None) -> SparseLinear:
         """A sparse layer that shares ``linear``'s Parameter objects, hooks and other attributes; nothing is copied."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _take_over(layer, linear)
+        take_over(layer, linear)
         layer.configure(config or SparsityConfig())
         return layer
 
     def to_linear(self) -> nn.Linear:
         """The plain ``nn.Linear`` again: the same Parameter objects and hooks, without the compensation."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        _take_over(linear, self)
+        take_over(linear, self)
         return linear
 
     # ---- compensation -------------------------------------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ class SparseLinear(LayerState):
             raise InvalidArgumentError(op, argument, f"device {x.device}", f"device {device}, as the layer's weight")
 
     def takes_norm(self, tokens: int, device: torch.device) -> bool:
-        """Whether a selection from so many tokens can take in the norm before it (`rtlynx.sharing.select_normed`).
+        """Whether a selection from so many tokens can take in the norm before it (`rtlynx.select_normed.select_normed`).
 
         Not where there is none, nor where channels are gathered first, nor where no kernel of the device does it, nor under
         ``torch.autocast``. Other layers may select from the same tensor.
@@ -381,7 +382,7 @@ class SparseLinear(LayerState):
         """The product and all that is added to it, of a selection as this layer would make it.
 
         Args:
-            selected: From `rtlynx.sharing.select_normed` with this layer, or another one's that asks for the same selection.
+            selected: From `rtlynx.select_normed.select_normed` with this layer, or another one's that asks for the same selection.
             dtype: That of the layer's input and output.
             tokens: The leading dimensions of the output and of the residual; their product is M.
             residual: ``(*tokens, N)``: what the output, times the gate, is added to.
@@ -484,28 +485,3 @@ class SparseLinear(LayerState):
 def _rows(x: Tensor) -> Tensor:
     """``(..., n)`` as ``(M, n)``."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def _take_over(new: nn.Linear, old: nn.Linear) -> None:
-    """Give ``new`` everything of ``old`` that is not sparsity: parameters, training flag, hooks, attributes set from outside.
-
-    Hook dictionaries are shared as objects, so that the handles users hold still remove their hooks.
-
-    Raises:
-        InvalidArgumentError: The old layer's forward is wrapped; the wrapper is bound to the old layer and cannot move. Or it is compact.
-    """
-    if isinstance(old, SparseLinear) and old.is_compact:
-        raise InvalidArgumentError(type(new).__name__, "layer", "a compact layer", "one that has its weight: load the model again")
-    if "forward" in old.__dict__:
-        got, expected = "a layer whose forward is wrapped by a hook", "one without: remove the hook first"
-        raise InvalidArgumentError(type(new).__name__, "layer", got, expected)
-    own = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl"}
-    own |= {"dense", "dense_step", "branch", "selection", "norm_compensation", "small_m", "precision", "_values_scale"}
-    own |= {"_compact_dtype", "_output_bias_of", "input_group", "sharing", "repeats", "derived", "bias_group", "_call", "shift_reader"}
-    new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own})
-    new.weight, new.bias = old.weight, old.bias
-
-
-def same_selection(a: SelectionInputs, b: SelectionInputs) -> bool:
-    """Whether two layers ask for the same selection: the same objects, since comparing tensors would cost more than selecting."""
-    return all(x is y or (type(x) is float and x == y) for x, y in zip(a, b, strict=True))

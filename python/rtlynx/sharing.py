@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rtlynx import ops
 from rtlynx.eligibility import sparse_layers
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fused_projections import parts_of
-from rtlynx.linear import same_selection
+from rtlynx.layer_state import same_selection
 from rtlynx.recipes import find_recipe
 
 if TYPE_CHECKING:
     from rtlynx.layer_state import LayerState
-    from rtlynx.linear import SparseLinear
 
 T = TypeVar("T")
 
@@ -71,43 +69,6 @@ def _untie(layers: list[LayerState]) -> None:
                 own = tensor.detach().clone()
                 setattr(layer, name, nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own)
             seen.add(id(tensor))
-
-
-def select_normed(
-    layer: SparseLinear, h: Tensor, stats: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> ops.Sparsified:
-    """What ``layer`` selects from a norm of h, ``(h - mean) · rstd · weight + bias``, which is not written to memory.
-
-    For `SparseLinear.multiply`, and for layers that `SparseLinear.takes_norm`. Layers of a group that ask for the same selection share one,
-    eager and compiled, where they are called with the same tensor objects::
-
-        stats = row_stats(h.flatten(0, 1))
-        q, k, v = (layer.multiply(select_normed(layer, h, stats, 1 + scale, shift), h.dtype, h.shape[:-1]) for layer in (to_q, to_k, to_v))
-
-    with ``1 + scale`` computed once.
-
-    Args:
-        layer: The layer that reads the norm.
-        h: ``(..., K)`` of the layer's dtype, M tokens.
-        stats: ``(M, 2)`` float32 from `rtlynx.row_stats.row_stats`.
-        weight: ``(B, K)`` of the same dtype as h, B a divisor of M: M / B neighbouring tokens share a row of it; or ``(K,)``. None: 1.
-        bias: Of the same shape and dtype. None: 0.
-
-    Raises:
-        InvalidArgumentError: The layer gathers its channels, or an argument does not fit.
-    """
-    layer.check_input("select_normed", "h", h)
-    permutation, places, *arguments = layer.selection_inputs()
-    if permutation is not None or places is not None:
-        raise InvalidArgumentError("select_normed", "layer", "a layer with a permutation", "one that takes channels as they come")
-
-    def select(h: Tensor) -> ops.Sparsified:
-        x = h if h.dim() == 2 else h.reshape(-1, h.shape[-1])
-        return ops.sparsify(x, *arguments, "none", None, None, stats, weight, bias)  # type: ignore[call-arg]  # mypy cannot count them
-
-    if torch.compiler.is_compiling() or layer.input_group is None or layer.sharing == 1:
-        return select(h)
-    return layer.input_group.select(layer, h, select, stats, weight, bias)
 
 
 class InputGroup:

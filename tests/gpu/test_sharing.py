@@ -14,7 +14,7 @@ import rtlynx
 from rtlynx import SparseLinear, ops, reference
 from rtlynx.bench.random_model import random_compensation
 from rtlynx.row_stats import row_stats
-from rtlynx.sharing import select_normed
+from rtlynx.select_normed import select_normed
 from tiny_models import TINY, output, relative_error
 
 K, N, M = 256, 128, 512

@@ -1,4 +1,4 @@
-"""`rtlynx bench quality` and `rtlynx.evaluate` end to end on a tiny untrained pipeline, and their parts on cases with a known answer."""
+"""`rtlynx bench quality` end to end on a tiny untrained pipeline: its rows, and the files they go to."""
 
 from __future__ import annotations
 
@@ -6,52 +6,41 @@ import csv
 import json
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from typer.testing import CliRunner
 
 import rtlynx
-from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig
-from rtlynx.adaln_shift import adaln_layers
+from rtlynx import InvalidArgumentError, SparsityConfig
 from rtlynx.bench.quality import longer
 from rtlynx.bench.quality.docs import BEGIN, END, draw_searches, write_docs
 from rtlynx.bench.quality.judge import Judge
-from rtlynx.bench.quality.layer_time import layer_calls, layers_ms
 from rtlynx.bench.quality.pruning import pruned_weights
 from rtlynx.bench.quality.results import COLUMNS, Results
 from rtlynx.bench.quality.rows import Row, recipe_row, rows
-from rtlynx.bench.quality.run import QualityBench, Settings
+from rtlynx.bench.quality.run import QualityBench
 from rtlynx.calibrate.collect import LayerInput
 from rtlynx.calibrate.fit import Fit, Tensors, fit_input
 from rtlynx.cli import app
 from rtlynx.demo.classifier import FILE_NAME, SceneClassifier
 from rtlynx.demo.drawing import draw
-from rtlynx.demo.model import TOKENS
 from rtlynx.demo.pipeline import DEFAULT_WEIGHTS
 from rtlynx.demo.scenes import random_scenes
 from rtlynx.eligibility import sparse_layers
-from rtlynx.evaluate import write_report
-from rtlynx.evaluate.bootstrap import interval, mean_interval
-from rtlynx.evaluate.likeness import psnr_db
-from rtlynx.evaluate.trajectory import Trajectory
 from rtlynx.recipe_file import read_recipe
-from tiny_pipeline import PROMPTS, tiny_pipeline
-
-SETTINGS = Settings(prompts=3, steps=3, batch=2, calibration_prompts=2, calibration_steps=2)
+from tiny_pipeline import tiny_pipeline
+from tiny_quality import SETTINGS, tiny_bench
 
 
 @pytest.fixture(scope="module")
 def bench() -> QualityBench:
-    return QualityBench(tiny_pipeline(), SceneClassifier.load(DEFAULT_WEIGHTS / FILE_NAME), SETTINGS, progress=False)
+    return tiny_bench()
 
 
 @pytest.fixture(scope="module")
@@ -99,123 +88,6 @@ def test_every_row_is_measured_and_ordered_as_it_must_be(measured: dict[str, dic
 def test_the_model_is_dense_and_unchanged_between_rows(bench: QualityBench, measured: dict[str, dict[str, object]]) -> None:
     again = bench.measure(Row("dense"))
     assert {**again, "seconds": 0, "fit_seconds": 0} == {**measured["dense"], "seconds": 0, "fit_seconds": 0}
-
-
-ADALN = Row("split_adaln", Fit("split", 8, ("shift",)), adaln=True)
-
-
-def test_layers_that_adaln_feeds_are_timed_with_what_is_done_around_them(bench: QualityBench) -> None:
-    samples, rows = 3, 3 * 5 + 1
-    with bench._as(ADALN), torch.no_grad(), ExitStack() as hooks, ExitStack() as watchers:
-        seen: dict[SparseLinear, tuple[Tensor, Tensor]] = {}
-        for layer in bench.layers.values():
-            handle = layer.register_forward_hook(lambda layer, args, output: seen.update({layer: (args[0], output)}))
-            hooks.callback(handle.remove)
-            # A layer whose input is watched is given what it selects from; else its selection takes the shift away itself.
-            watchers.callback(layer.register_forward_pre_hook(lambda *_: None).remove)
-        fed = adaln_layers(bench.pipe.transformer)
-        watched: dict[SparseLinear, Tensor] = {}
-        for input in bench._samples_of(True)[0]:
-            call, _ = layer_calls(input, rows, samples)
-            call()
-            watched |= {layer: seen[layer][1] for layer in input.layers.values()}
-            first = {layer: seen[layer] for layer in input.layers.values()}
-            assert len({id(left) for left, _ in first.values()}) == 1  # q, k and v read one tensor
-            for name, layer in input.layers.items():
-                left, output = first[layer]
-                added = output - layer.forward(left)
-                if name not in fed:
-                    assert left.shape == (rows, layer.in_features) and not added.any()
-                    continue
-                assert left.shape == (samples, 5, layer.in_features)
-                torch.testing.assert_close(left.flatten(0, 1), input.samples.x[: samples * 5], rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(added, added[:, :1].expand_as(added), rtol=1e-4, atol=1e-4)
-                assert added.abs().amax(-1).min() > 1e-3
-            call()
-            assert all(torch.equal(seen[layer][1], output) for layer, (_, output) in first.items())
-            assert all((seen[layer][0] is first[layer][0]) == (name not in fed) for name, layer in input.layers.items())
-        watchers.close()
-        for input in bench._samples_of(True)[0]:
-            layer_calls(input, rows, samples)[0]()
-            for layer in input.layers.values():
-                torch.testing.assert_close(seen[layer][1], watched[layer], rtol=1e-4, atol=1e-4)
-    assert len(fed) == 8 + 4
-
-
-def test_times_are_of_what_the_layers_of_a_row_read(bench: QualityBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr("rtlynx.bench.quality.run.layers_ms", lambda *arguments: asked.append(arguments) or (3.0, 4.0))
-    for row in (bench.measure(Row("dense")), bench.measure(ADALN)):
-        assert (row["layer_ms"], row["dense_layer_ms"]) == (3.0, 4.0)
-    wanda = bench.measure(Row("wanda", pruning="wanda"))
-    assert wanda["layer_ms"] is wanda["dense_layer_ms"] is None
-    sizes, left = (SETTINGS.batch * TOKENS, SETTINGS.batch), bench._samples_of(True)[0]
-    assert asked == [(bench.inputs, *sizes), (left, *sizes)] and bench.inputs is not left
-
-
-@pytest.mark.parametrize(
-    ("row", "ms"),
-    [
-        (Row("fewer", steps=0.67), 3.0 * 2 / 3),  # 2 of 3 steps
-        (Row("split_first", Fit("split", 8, ("shift",)), dense_first=0.3), 3.0 * 1 / 3 + 2.0 * 2 / 3),
-        (Row("split_last", Fit("split", 8, ("shift",)), dense_last=0.34), 3.0 * 1 / 3 + 2.0 * 2 / 3),
-    ],
-)
-def test_times_are_means_over_the_steps(bench: QualityBench, row: Row, ms: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rtlynx.bench.quality.run.layers_ms", lambda *_: (3.0 if row.fit is None else 2.0, 3.0))
-    assert bench._layer_ms(row) == (pytest.approx(ms), 3.0)
-
-
-class _OnGpu(Tensor):
-    """Of the CPU, but says otherwise: what is timed can then be looked at without a GPU."""
-
-    device = torch.device("cuda")
-
-
-def _timed(inputs: list[LayerInput], monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], tuple[float, float]]:
-    """What `layers_ms` has timed, by name, and what it makes of 1, 2, 4, … ms for these."""
-    functions: dict[str, Any] = {}
-
-    def timed(given: Mapping[str, Any], *_: object, **__: object) -> dict[str, float]:
-        functions.update(given)
-        return {name: 2.0**i for i, name in enumerate(given)}
-
-    monkeypatch.setattr("rtlynx.bench.quality.layer_time.time_interleaved", timed)
-    on_gpu = [replace(input, samples=SimpleNamespace(x=input.samples.x.as_subclass(_OnGpu))) for input in inputs]  # type: ignore[arg-type]
-    taken = layers_ms(on_gpu, 6, 2)
-    assert taken is not None
-    return functions, taken
-
-
-@pytest.mark.parametrize(
-    ("row", "dense"),
-    [
-        (Row("dense"), 17),
-        (Row("split", Fit("split", 8, ("shift",))), 0),
-        (Row("split", Fit("split", 8, ("shift",)), skip=True), None),
-        (ADALN, 0),
-    ],
-)
-def test_dense_layers_take_turns_with_those_of_a_row(
-    bench: QualityBench, row: Row, dense: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with bench._as(row):
-        inputs = bench._samples_of(row.adaln)[0]
-        functions, taken = _timed(inputs, monkeypatch)
-        already = [input for input in inputs if all(layer.dense for layer in input.layers.values())]
-        assert dense is None or sum(len(input.layers) for input in already) == dense
-        names = {f"{input.name}{kind}" for input in inputs for kind in ("", ", dense") if not kind or input not in already}
-        assert functions.keys() == names
-        times = {name: 2.0**i for i, name in enumerate(functions)}
-        assert taken == (sum(times[i.name] for i in inputs), sum(times.get(f"{i.name}, dense", times[i.name]) for i in inputs))
-        products: list[tuple[int, Tensor]] = []
-        linear = F.linear
-        monkeypatch.setattr(F, "linear", lambda x, weight, bias: products.append((x.shape[-1], weight)) or linear(x, weight, bias))
-        for input in inputs:
-            if input not in already:
-                products.clear()
-                functions[f"{input.name}, dense"]()
-                assert [weight for _, weight in products] == [layer.weight for layer in input.layers.values()]  # and nothing else
 
 
 def test_rows_have_keys_of_their_own_and_every_method_has_one() -> None:
@@ -490,103 +362,6 @@ def test_the_judge_knows_drawings_and_their_distribution() -> None:
     real, grey = judge.look(drawn), judge.look(torch.full_like(drawn, 0.5))
     assert real.right.sum() / real.asked.sum() > 0.98 > 0.5 > grey.right.sum() / grey.asked.sum()
     assert 0 < judge.frechet(real.features) < 0.1 * judge.frechet(grey.features)
-
-
-# ---- evaluate ---------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def evaluation() -> rtlynx.Evaluation:
-    pytest.importorskip("torchmetrics", reason="SSIM comes from torchmetrics")
-    pipe = rtlynx.apply(tiny_pipeline(), SparsityConfig(rank=16))
-    return rtlynx.evaluate(pipe, list(PROMPTS), steps=4, batch_size=2, fewer_steps=2, progress=False)
-
-
-def test_ways_are_compared_with_the_dense_one(evaluation: rtlynx.Evaluation) -> None:
-    dense, sparse, floor, fewer = evaluation.ways
-    assert [way.name for way in evaluation.ways] == ["dense", "sparse", "dense in bfloat16", "dense, 2 of 4 steps"]
-    assert dense.velocity is None and fewer.velocity is None
-    assert sparse.velocity is not None and floor.velocity is not None
-    assert 0 < floor.velocity.value < 0.2 * sparse.velocity.value
-    assert sparse.velocity.low <= sparse.velocity.value <= sparse.velocity.high
-    assert list(sparse.velocity_by_step) == [0, 1, 2, 3]
-    assert floor.psnr_db.value > sparse.psnr_db.value and 0 < sparse.ssim.value < floor.ssim.value <= 1  # type: ignore[union-attr]
-    assert len(evaluation.layer_errors) == 17 and all(0 < error < 1 for error in evaluation.layer_errors.values())
-
-
-def test_the_report_is_complete(evaluation: rtlynx.Evaluation, tmp_path: Path) -> None:
-    files = write_report(evaluation, tmp_path / "report", {"model": "tiny"})
-    assert sorted(path.name for path in files) == ["eval.csv", "eval.html", "eval_layers.csv", "eval_steps.csv"]
-    page = files[0].read_text()
-    assert page.count("<img ") >= 4 * 2 and "http" not in page
-    figures = list(csv.DictReader((tmp_path / "report" / "eval.csv").read_text().splitlines()))
-    assert {row["figure"] for row in figures} == {"velocity", "psnr_db", "ssim", "seconds"}
-
-
-def test_what_cannot_be_evaluated_is_refused() -> None:
-    with pytest.raises(InvalidArgumentError, match="without sparse layers"):
-        rtlynx.evaluate(tiny_pipeline(), PROMPTS)
-    pipe = rtlynx.apply(tiny_pipeline())
-    with pytest.raises(InvalidArgumentError, match="one sparse transformer at a time"):
-        two = SimpleNamespace(transformer=pipe.transformer, transformer_2=rtlynx.apply(tiny_pipeline()).transformer)
-        rtlynx.evaluate(two, PROMPTS)
-    for arguments, piece in (({"prompts": []}, "at least one"), ({"prompts": PROMPTS, "metrics": ["magic"]}, "magic")):
-        with pytest.raises(InvalidArgumentError, match=piece):
-            rtlynx.evaluate(pipe, **arguments)  # type: ignore[arg-type]
-
-
-def test_a_trajectory_finds_a_model_that_says_a_tenth_more() -> None:
-    class Model(nn.Module):
-        factor = 1.0
-
-        def forward(self, hidden_states: Tensor, scale: Tensor) -> tuple[Tensor]:
-            return (self.factor * scale * hidden_states,)
-
-    model, trajectory, scale = Model(), Trajectory(), torch.tensor(2.0)
-    latents = torch.ones(3, 5)
-    with trajectory.recording(model, lambda call: call != 1, per_run=3):
-        for _ in range(2 * 3):
-            model(hidden_states=latents, scale=scale)
-            latents += 1  # in place, as some schedulers do
-    assert trajectory.steps == [0, 2]
-    assert trajectory.errors(model).relative() == 0
-    model.factor = 1.1
-    errors = trajectory.errors(model)
-    assert errors.squared.shape == (2, 6)
-    assert errors.relative() == pytest.approx(0.1) and errors.by_step() == pytest.approx([0.1, 0.1])
-    assert len({id(inputs["scale"]) for _, inputs, _ in trajectory.calls}) == 2  # copied once a run, not once a call
-
-
-def test_errors_of_rows_with_guidance_are_those_of_their_prompts() -> None:
-    """Runs of two prompts and of one, two pictures a prompt, guidance in the first of two steps: without prompts first, then with."""
-    rows = [[1, 2, 3, 4, 10, 20, 30, 40], [1, 1, 1, 1], [5, 6, 50, 60], [1, 1]]
-    trajectory = Trajectory(
-        [(step, {"of": torch.tensor(of)}, torch.zeros(len(of), 1)) for step, of in zip((0, 4, 0, 4), rows, strict=True)]
-    )
-
-    class Model(nn.Module):
-        def forward(self, of: Tensor) -> Tensor:
-            return of.sqrt().unsqueeze(1)
-
-    errors = trajectory.errors(Model(), batches=[2, 1], pictures=2)
-    want = [[1 + 2 + 10 + 20, 3 + 4 + 30 + 40, 5 + 6 + 50 + 60], [2, 2, 2]]
-    torch.testing.assert_close(errors.squared, torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=0)
-    assert errors.steps == [0, 4] and not errors.size.any()
-
-
-def test_intervals_cover_the_mean_and_are_paired() -> None:
-    values = torch.randn(200, generator=torch.Generator().manual_seed(0))
-    found = mean_interval(values)
-    assert found.value == pytest.approx(float(values.mean()))
-    assert found.high - found.low == pytest.approx(2 * 1.96 * float(values.std()) / math.sqrt(200), rel=0.25)
-    assert mean_interval(values + 1).low == pytest.approx(found.low + 1)
-    assert interval(lambda chosen: 3.0, 5, resamples=0) == (3.0, 3.0, 3.0)
-
-
-def test_psnr() -> None:
-    reference = torch.full((2, 3, 8, 8), 0.5)
-    assert psnr_db(reference + 0.1, reference).tolist() == pytest.approx([20, 20], abs=1e-4)
-    assert psnr_db(reference, reference).tolist() == [math.inf] * 2
 
 
 def test_the_commands_refuse_in_words(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch._inductor.utils import run_and_get_code
 
 from rtlynx import InvalidArgumentError, SparseLinear, SparsityConfig, reference
 from rtlynx.row_stats import row_stats
-from rtlynx.sharing import InputGroup, select_normed
+from rtlynx.select_normed import select_normed
+from rtlynx.sharing import InputGroup
 
 K, N, RANK = 128, 64, 16
 
