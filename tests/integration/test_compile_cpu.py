@@ -40,6 +40,32 @@ def test_one_graph_serves_any_number_of_tokens(selection: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@torch.no_grad()
+def test_few_tokens_and_many_are_a_graph_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where a layer with few tokens runs dense; on the CPU none would."""
+    monkeypatch.setattr("rtlynx.least_tokens._least_tokens", lambda *_arguments: 64)
+    eager = layer()
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens, graphs in ((5, 1), (40, 1), (64, 2), (131, 2), (63, 2), (7, 2), (200, 2)):
+        x = torch.randn(tokens, 128)
+        dense = nn.functional.linear(x, eager.weight, eager.bias)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-5)
+        assert ((eager(x) - dense).norm() < 1e-4) == (tokens < 64)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+@torch.no_grad()
+def test_a_block_has_a_graph_for_every_range_between_its_layers_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rtlynx.least_tokens._least_tokens", lambda _device, n, *_others: n)
+    torch.manual_seed(0)
+    block = nn.Sequential(*(SparseLinear.from_linear(nn.Linear(k, n)) for k, n in ((64, 128), (128, 64), (64, 128))))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens, graphs in ((200, 1), (130, 1), (100, 2), (64, 2), (63, 3), (127, 3), (500, 3), (3, 3)):
+        x = torch.randn(tokens, 64)
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_gradients_through_compiled_layers() -> None:
     eager = layer()
     compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
