@@ -109,16 +109,17 @@ def z_image_pipeline() -> Any:
     return pipe
 
 
-def wan_pipeline() -> Any:
-    """Text to video: videos of 9 frames of 64×64 pixels are 48 tokens."""
+def wan_pipeline(two: bool = False) -> Any:
+    """Text to video: videos of 9 frames of 64×64 pixels are 48 tokens. As Wan 2.2 with `two` transformers, each for half of the way."""
     config = {**NEIGHBOURS["wan"].build("meta", torch.float32).config, "image_dim": None, "added_kv_proj_dim": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        transformer = WanTransformer3DModel.from_config(config).eval()
+        transformer, transformer_2 = (WanTransformer3DModel.from_config(config).eval() for _ in range(2))
         vae = AutoencoderKLWan(
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
         ).eval()
-    pipe = WanPipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), transformer)
+    second = {"transformer_2": transformer_2, "boundary_ratio": 0.5} if two else {}
+    pipe = WanPipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), transformer, **second)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -113,6 +113,26 @@ def test_guidance_in_two_forwards(make: Any) -> None:
     torch.testing.assert_close(guided(pipe, 4.0), dense, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_of_different_lengths_in_a_batch() -> None:
+    """Of Qwen-Image, which masks what is padded: each picture is what its prompt gives alone."""
+    pipe = rtlynx.apply(qwen_image_pipeline(), SparsityConfig(rank=16))
+    rng = torch.Generator().manual_seed(6)
+    embeds, mask = torch.randn(2, 11, 64, generator=rng), torch.ones(2, 11, dtype=torch.long)
+    mask[1, 7:] = 0
+
+    def latents(embeds: Tensor, mask: Tensor, *seeds: int) -> Tensor:
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        prompt = {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "generator": noise, "true_cfg_scale": 1.0}
+        drawn: Tensor = pipe(**prompt, num_inference_steps=3, height=128, width=128, output_type="latent").images
+        return drawn
+
+    both = latents(embeds, mask, 1, 2)
+    assert relative_error(both[:1], latents(embeds[:1], mask[:1], 1)) < 1e-5
+    assert relative_error(both[1:], latents(embeds[1:, :7], mask[1:, :7], 2)) < 1e-5
+    assert relative_error(both[1:], latents(embeds, torch.ones_like(mask), 1, 2)[1:]) > 1e-4  # padding would be seen
+    assert relative_error(both, with_dense_layers(pipe, lambda: latents(embeds, mask, 1, 2))) > 1e-3
+
+
 GUIDED: dict[str, tuple[Callable[[], Any], str, int]] = {
     "sd3": (sd3_pipeline, "transformer_blocks.{0,1}.{attn.to_q,attn.to_v,attn.add_k_proj}", 1),
     "z_image": (z_image_pipeline, "{layers,noise_refiner}.0.attention.{to_q,to_v,to_out.0}", 1),
@@ -243,6 +263,27 @@ def test_lora_files_come_and_go() -> None:
     pipe.unload_lora_weights()
     assert torch.equal(sample(pipe), plain)
     assert sum(isinstance(m, SparseLinear) for m in pipe.transformer.modules()) == TINY["flux"].sparse_layers
+
+
+def test_lora_files_of_a_compiled_transformer() -> None:
+    """Loaded before compiling, and exchanged after: what is compiled follows."""
+
+    def with_lora(seed: int, compiled: bool) -> Tensor:
+        torch._dynamo.reset()
+        pipe = sparse()
+        pipe.load_lora_weights(flux_lora(1), adapter_name="style")
+        if compiled:
+            pipe.transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+            sample(pipe)
+        if seed != 1:
+            pipe.load_lora_weights(flux_lora(seed), adapter_name="subject")
+            pipe.set_adapters("subject")
+        return sample(pipe)
+
+    drawn = {seed: with_lora(seed, compiled=True) for seed in (1, 2)}
+    assert relative_error(drawn[1], drawn[2]) > 1e-3
+    for seed, picture in drawn.items():
+        assert relative_error(picture, with_lora(seed, compiled=False)) < 1e-4
 
 
 def test_fusing_a_lora_file(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig
+from diffusers import FluxPipeline, FluxTransformer2DModel, PipelineQuantizationConfig, WanPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +25,7 @@ from rtlynx import InvalidArgumentError, RTLynxConfig, SparsityConfig
 from rtlynx.apply import applied_config
 from rtlynx.eligibility import sparse_layers
 from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
-from tiny_pipelines import flux_pipeline, sample
+from tiny_pipelines import flux_pipeline, sample, sample_guided, wan_pipeline
 
 families = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 FLUX = TINY["flux"]
@@ -312,6 +312,34 @@ def test_a_pipeline_of_diffusers(tmp_path: Path) -> None:
         asked = sample(flux_pipeline_from(tmp_path / "sparse", quantization_config=other))
     # Not equal: sums may depend on where in memory a weight lies.
     assert max(relative_error(again, compensated), relative_error(asked, compensated)) < 1e-4 < relative_error(got, compensated)
+
+
+def test_a_pipeline_of_two_transformers(tmp_path: Path) -> None:
+    """Wan 2.2: one for the noisy half of the way, one for the rest; each with a configuration of its own."""
+
+    def saved(pipe: Any) -> Path:
+        pipe.save_pretrained(path := tmp_path / str(len(list(tmp_path.iterdir()))))
+        return path
+
+    def reloaded(path: Path, **given: Any) -> Any:
+        pipe = WanPipeline.from_pretrained(path, tokenizer=None, text_encoder=None, **given)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    configs = {"transformer": SparsityConfig(rank=16), "transformer_2": SparsityConfig(rank=32, skip=("**.ffn.**",))}
+    plain = saved(wan_pipeline(two=True))
+    mapping = PipelineQuantizationConfig(quant_mapping={name: RTLynxConfig(config) for name, config in configs.items()})
+    pipe, dense = reloaded(plain, quantization_config=mapping), reloaded(plain)
+    got, want = sample_guided(pipe), sample_guided(dense)
+    for name, config in configs.items():
+        assert applied_config(getattr(pipe, name)) == config
+        rtlynx.apply(getattr(dense, name), config)
+        assert not torch.equal(sample_guided(dense), want)  # each of the two makes a difference
+        want = sample_guided(dense)
+    assert torch.equal(got, want)
+    again = reloaded(saved(pipe))
+    assert {name: applied_config(getattr(again, name)) for name in configs} == configs
+    assert torch.equal(sample_guided(again), got)
 
 
 def flux_pipeline_from(path: Path, **given: Any) -> Any:
