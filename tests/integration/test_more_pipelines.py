@@ -1,0 +1,71 @@
+"""Whole pipelines of diffusers that edit, fill, or are of other families than FLUX.1, Qwen-Image, Z-Image, SD3 and Wan: sparse and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from PIL import Image
+from torch import Tensor
+
+import rtlynx
+from more_pipelines import PIPELINES, draw
+from rtlynx import SparsityConfig
+from rtlynx.eligibility import sparse_layers
+from tiny_models import relative_error
+
+SPARSE = SparsityConfig(small_m="sparse")
+
+
+@pytest.fixture(autouse=True)
+def others_warnings_are_not_ours() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(diffusers|transformers|torch)\b.*")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def given_pictures_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen-Image-Edit would enlarge them to a million pixels."""
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 64, None))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_sparse_and_dense_again(name: str, selections: list[Tensor]) -> None:
+    case = PIPELINES[name]
+    pipe, arguments = case.make(), case.arguments()
+    dense = draw(pipe, arguments)
+    assert dense.shape == case.shape and dense.isfinite().all() and not selections
+
+    rtlynx.apply(pipe, SPARSE)
+    layers = sparse_layers(pipe.transformer)
+    assert len(layers) == case.sparse_layers == sum(row.sparse for row in rtlynx.summary(pipe))
+    got = draw(pipe, arguments)
+    assert len(selections) == case.selections
+    assert got.shape == dense.shape and got.isfinite().all()
+    assert 1e-3 < relative_error(got, dense) < 0.1  # measured, from 0.003 to 0.043
+
+    for layer in layers.values():
+        layer.dense = True
+    assert torch.equal(draw(pipe, arguments), dense)
+    assert len(selections) == case.selections  # no more
+    for layer in layers.values():
+        layer.dense = False
+    assert torch.equal(draw(pipe, arguments), got)
+
+    rtlynx.remove(pipe)
+    assert not sparse_layers(pipe.transformer)
+    assert torch.equal(draw(pipe, arguments), dense)
+
+
+@pytest.mark.parametrize("name", [name for name, case in PIPELINES.items() if "image" in case.arguments()])
+def test_the_given_picture_counts(name: str) -> None:
+    case = PIPELINES[name]
+    pipe, arguments = rtlynx.apply(case.make(), SPARSE), case.arguments()
+    given = arguments["image"]
+    white = torch.ones_like(given) if isinstance(given, Tensor) else Image.new("RGB", given.size, "white")
+    error = relative_error(draw(pipe, {**arguments, "image": white}), draw(pipe, arguments))
+    assert error > 5e-4  # measured, 0.0016 of Qwen-Image-Edit, 0.06 of FLUX.1 Fill
