@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from tiny_models import NEIGHBOURS, TINY
-from tiny_pipelines import autoencoder
+from tiny_pipelines import autoencoder, picture
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ def draw(pipe: Any, arguments: dict[str, Any]) -> Tensor:
 
 def noise(*shape: int, seed: int = 6) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def picture() -> Tensor:
-    """Of 32×32 pixels."""
-    return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
 
 
 def pil_picture() -> Image.Image:

@@ -64,6 +64,11 @@ def sample(pipe: Any, batch: int = 1, text: int = 11, **kwargs: Any) -> Tensor:
     return images
 
 
+def picture() -> Tensor:
+    """One to edit or to follow, of 32×32 pixels."""
+    return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+
+
 def flux_controlnet() -> Any:
     """A ControlNet for it that has something to say; a new one's answer is zero."""
     config = TINY["flux"].build("meta", torch.float32).config
@@ -114,11 +119,11 @@ def wan_pipeline(two: bool = False) -> Any:
     config = {**NEIGHBOURS["wan"].build("meta", torch.float32).config, "image_dim": None, "added_kv_proj_dim": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        transformer, transformer_2 = (WanTransformer3DModel.from_config(config).eval() for _ in range(2))
+        transformer = WanTransformer3DModel.from_config(config).eval()
         vae = AutoencoderKLWan(
             base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
         ).eval()
-    second = {"transformer_2": transformer_2, "boundary_ratio": 0.5} if two else {}
+        second = {"transformer_2": WanTransformer3DModel.from_config(config).eval(), "boundary_ratio": 0.5} if two else {}
     pipe = WanPipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), transformer, **second)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -31,6 +31,7 @@ from tiny_pipelines import (
     flux_lora,
     flux_pipeline,
     lora,
+    picture,
     qwen_image_pipeline,
     sample,
     sample_guided,
@@ -238,7 +239,7 @@ def test_a_controlnet_pipeline() -> None:
     parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
     with_control = FluxControlNetPipeline(**parts, controlnet=flux_controlnet())
     with_control.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+    image = picture()
 
     def draw(scale: float = 1.0) -> Tensor:
         return sample(with_control, control_image=image, controlnet_conditioning_scale=scale)
@@ -282,8 +283,8 @@ def test_lora_files_of_a_compiled_transformer() -> None:
 
     drawn = {seed: with_lora(seed, compiled=True) for seed in (1, 2)}
     assert relative_error(drawn[1], drawn[2]) > 1e-3
-    for seed, picture in drawn.items():
-        assert relative_error(picture, with_lora(seed, compiled=False)) < 1e-4
+    for seed, got in drawn.items():
+        assert relative_error(got, with_lora(seed, compiled=False)) < 1e-4
 
 
 def test_fusing_a_lora_file(caplog: pytest.LogCaptureFixture) -> None:
@@ -306,7 +307,7 @@ def test_fusing_a_lora_file(caplog: pytest.LogCaptureFixture) -> None:
 def test_image_to_image_and_inpainting() -> None:
     pipe = sparse()
     parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
-    image, mask = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8)), torch.zeros(1, 1, 32, 32)
+    image, mask = picture(), torch.zeros(1, 1, 32, 32)
     mask[..., 16:] = 1
     for kind, arguments in ((FluxImg2ImgPipeline, {}), (FluxInpaintPipeline, {"mask_image": mask})):
         other = kind(**parts)
@@ -336,7 +337,7 @@ def test_image_to_image_and_inpainting_of_other_families(make: Callable[[], Any]
     parts = {key: value for key, value in make().components.items() if key not in ("image_encoder", "feature_extractor")}
     pipe = kind(**parts)
     pipe.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+    image = picture()
 
     def draw() -> Tensor:
         return sample_guided(pipe, image=image, strength=0.7, **arguments)
@@ -359,7 +360,7 @@ def test_a_controlnet_of_sd3() -> None:
     parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
     with_control = StableDiffusion3ControlNetPipeline(**parts, controlnet=controlnet)
     with_control.set_progress_bar_config(disable=True)
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+    image = picture()
 
     def draw(scale: float = 1.0) -> Tensor:
         with torch.random.fork_rng(devices=[]):

@@ -317,19 +317,15 @@ def test_a_pipeline_of_diffusers(tmp_path: Path) -> None:
 def test_a_pipeline_of_two_transformers(tmp_path: Path) -> None:
     """Wan 2.2: one for the noisy half of the way, one for the rest; each with a configuration of its own."""
 
-    def saved(pipe: Any) -> Path:
-        pipe.save_pretrained(path := tmp_path / str(len(list(tmp_path.iterdir()))))
-        return path
-
-    def reloaded(path: Path, **given: Any) -> Any:
-        pipe = WanPipeline.from_pretrained(path, tokenizer=None, text_encoder=None, **given)
+    def loaded(name: str, **given: Any) -> Any:
+        pipe = WanPipeline.from_pretrained(tmp_path / name, tokenizer=None, text_encoder=None, **given)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     configs = {"transformer": SparsityConfig(rank=16), "transformer_2": SparsityConfig(rank=32, skip=("**.ffn.**",))}
-    plain = saved(wan_pipeline(two=True))
+    wan_pipeline(two=True).save_pretrained(tmp_path / "dense")
     mapping = PipelineQuantizationConfig(quant_mapping={name: RTLynxConfig(config) for name, config in configs.items()})
-    pipe, dense = reloaded(plain, quantization_config=mapping), reloaded(plain)
+    pipe, dense = loaded("dense", quantization_config=mapping), loaded("dense")
     got, want = sample_guided(pipe), sample_guided(dense)
     for name, config in configs.items():
         assert applied_config(getattr(pipe, name)) == config
@@ -337,7 +333,8 @@ def test_a_pipeline_of_two_transformers(tmp_path: Path) -> None:
         assert not torch.equal(sample_guided(dense), want)  # each of the two makes a difference
         want = sample_guided(dense)
     assert torch.equal(got, want)
-    again = reloaded(saved(pipe))
+    pipe.save_pretrained(tmp_path / "sparse")
+    again = loaded("sparse")
     assert {name: applied_config(getattr(again, name)) for name in configs} == configs
     assert torch.equal(sample_guided(again), got)
 
