@@ -34,6 +34,10 @@ class Layer:
         """
         Enqueue both.
         """
+    def run_fused(self, /, stream: SupportsIndex, m: SupportsIndex, x: SupportsIndex, ldx: SupportsIndex, activation: str, gate: SupportsIndex, ld_gate: SupportsIndex, head: SupportsIndex, head_k: SupportsIndex, ld_head: SupportsIndex, workspace: SupportsIndex, residual: SupportsIndex, residual_gate: SupportsIndex, residual_gates: SupportsIndex, out: SupportsIndex) -> None:
+        """
+        Enqueue both, with what comes before the layer, as `sparsify` has it, and a gated sum after it, as `sparse_linear` does.
+        """
     def select(self, /, stream: SupportsIndex, m: SupportsIndex, x: SupportsIndex, workspace: SupportsIndex) -> None:
         """
         Enqueue selection from m contiguous rows of x.

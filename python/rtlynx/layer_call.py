@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from rtlynx import launch
+from rtlynx.activations import selection_does
 from rtlynx.checks import ALIGNMENT
 from rtlynx.direct import direct
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.least_tokens import NEVER
+from rtlynx.reference import Activation
 
 if TYPE_CHECKING:
     from rtlynx._core import Layer
@@ -78,18 +80,7 @@ class LayerCall:
     def __call__(self, layer: SparseLinear, input: Tensor) -> Tensor | None:
         """The layer's output, or None where something is not as it was, or others than the kernels would see the call."""
         m = input.numel() // self._k
-        if (
-            m < self._least
-            or input.dtype is not self._dtype
-            or input.get_device() != self._device
-            or layer.dense
-            or layer.dense_step
-            or not direct(input)
-            or not input.is_contiguous()
-            or input.shape[-1] != self._k
-            or input.data_ptr() % ALIGNMENT
-            or _read(layer) != self._read
-        ):
+        if not self._serves(layer, m, input) or not input.is_contiguous() or input.shape[-1] != self._k or input.data_ptr() % ALIGNMENT:
             return None
         group = None if layer.sharing == 1 else layer.input_group
         if group is not None and input.is_inference():  # has no version, so nothing is kept
@@ -108,6 +99,71 @@ class LayerCall:
         key = LayerCall, *_selects_by(layer), input._version, stream, torch._C._cuda_isCurrentStreamCapturing()
         self._core.multiply(stream, m, group.once(layer, input, key, select).data_ptr(), output.data_ptr())
         return output
+
+    def fused(
+        self,
+        layer: SparseLinear,
+        x: Tensor,
+        activation: Activation,
+        gate: Tensor | None,
+        head: Tensor | None,
+        residual: Tensor | None,
+        residual_gate: Tensor | None,
+    ) -> Tensor | None:
+        """What `SparseLinear.forward_activated` gives for a layer that selects alone, or None as in a call of the layer.
+
+        Nor does it serve under ``torch.autocast``, where what is fused may be of several dtypes.
+        """
+        before, after = (x, gate, head), (residual, residual_gate)
+        columns = x.shape[-1] if x.dim() else 0
+        m, head_k = x.numel() // max(columns, 1), self._k - columns
+        if not self._serves(layer, m, *before, *after) or layer.sharing > 1 or torch.is_autocast_enabled("cuda"):
+            return None
+        if activation != "none" and not selection_does(x.device, activation):
+            return None
+        leading = x.shape[:-1]
+        if (gate is not None and gate.shape != x.shape) or (0 if head is None else head.shape[-1]) != head_k:
+            return None
+        if head is not None and head.shape[:-1] != leading:
+            return None
+        shape = (*leading, self._n)
+        if residual is not None and (residual.shape != shape or not _packed(residual)):
+            return None
+        if residual_gate is not None and (residual is None or len(leading) != 2):
+            return None
+        if residual_gate is not None and (residual_gate.shape != (leading[0], self._n) or not _packed(residual_gate)):
+            return None
+        ldx, ld_gate, ld_head = (0 if tensor is None else _row_step(tensor) for tensor in before)
+        if not ldx or (gate is not None and not ld_gate) or (head is not None and not ld_head):
+            return None
+        output, workspace = x.new_empty(shape), self._workspace(x, m)
+        self._core.run_fused(
+            launch.stream(self._device),
+            m,
+            x.data_ptr(),
+            ldx,
+            activation,
+            launch.address(gate),
+            ld_gate,
+            launch.address(head),
+            head_k,
+            ld_head,
+            workspace.data_ptr(),
+            launch.address(residual),
+            launch.address(residual_gate),
+            0 if residual_gate is None else leading[0],
+            output.data_ptr(),
+        )
+        return output
+
+    def _serves(self, layer: SparseLinear, m: int, *inputs: Tensor | None) -> bool:
+        """Whether the layer is as it was, and the m rows and what goes with them are of the kind that it was called with."""
+        if m < self._least or layer.dense or layer.dense_step:
+            return False
+        for tensor in inputs:
+            if tensor is not None and (tensor.dtype is not self._dtype or tensor.get_device() != self._device):
+                return False
+        return direct(*inputs) and _read(layer) == self._read
 
     def _workspace(self, like: Tensor, m: int) -> Tensor:
         return like.new_empty(self._core.workspace_bytes(m) // like.element_size())
@@ -187,6 +243,25 @@ def _read(layer: SparseLinear) -> tuple[object, ...] | None:
         # The sum of two biases serves until one of them is written to.
         None if output_bias is None else (output_bias.data_ptr(), bias._version, comp_bias._version),  # type: ignore[union-attr]
     )
+
+
+def _packed(tensor: Tensor) -> bool:
+    """Whether the product can read it."""
+    return tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
+
+
+def _row_step(x: Tensor) -> int:
+    """Elements from one row of ``(..., n)`` to the next; 0 where selection cannot read the rows in place."""
+    *sizes, columns = x.shape
+    *strides, unit = x.stride()
+    if x.is_contiguous():
+        step = columns
+    elif len(sizes) == 1 or (len(sizes) == 2 and (sizes[0] == 1 or strides[0] == sizes[1] * strides[1])):
+        step = strides[-1]
+    else:
+        return 0
+    readable = unit == 1 and step >= columns and step * x.element_size() % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
+    return step if readable else 0
 
 
 def _place(tensor: Tensor | None) -> tuple[object, ...] | None:

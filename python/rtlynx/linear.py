@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -233,8 +233,7 @@ class SparseLinear(LayerState):
         output = self.multiply(self._selected(input), self.compute_dtype, tokens)
         if (cast := self._autocast_dtype(input)) is not None:
             return output.to(cast)
-        if eager and not torch.is_grad_enabled():
-            self._call = LayerCall.after(self, input)
+        self._remember(input)
         return output
 
     def forward_gated(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -253,11 +252,15 @@ class SparseLinear(LayerState):
         Raises:
             InvalidArgumentError: An argument does not fit.
         """
+        if (output := self._called_before(x, "none", None, None, residual, gate)) is not None:
+            return output
         check_residual("SparseLinear.forward_gated", x, self.out_features, residual, gate)
         tokens = x.shape[:-1]
         if self.is_dense_now(tokens.numel(), x.device) or autocast_dtype(x.device) is not None:
             return added(self.forward(x), residual, gate)
-        return self.multiply(self._selected(x), x.dtype, tokens, residual, gate)
+        output = self.multiply(self._selected(x), x.dtype, tokens, residual, gate)
+        self._remember(x)
+        return output
 
     def forward_activated(
         self,
@@ -315,11 +318,25 @@ class SparseLinear(LayerState):
         residual_gate: Tensor | None = None,
     ) -> Tensor:
         """`forward_activated` for who has asked `in_selection`."""
+        if (output := self._called_before(x, activation, gate, head, residual, residual_gate)) is not None:
+            return output
         self.check_input("SparseLinear.forward_activated", "x", x, 0 if head is None else head.shape[-1])
         _, places, *arguments = self.selection_inputs()
         gate, head = None if gate is None else _rows(gate), None if head is None else _rows(head)
         selected = ops.sparsify(_rows(x), *arguments, activation, gate, head, places=places)  # type: ignore[call-arg, misc]  # mypy cannot count them
-        return self.multiply(selected, x.dtype, x.shape[:-1], residual, residual_gate)
+        output = self.multiply(selected, x.dtype, x.shape[:-1], residual, residual_gate)
+        self._remember(x)
+        return output
+
+    def _called_before(self, x: Tensor, *fused: Any) -> Tensor | None:
+        """What an eager call without gradients that was remembered leads to (`LayerCall.fused`); None where none does."""
+        call = None if torch.compiler.is_compiling() else self._call
+        return call.fused(self, x, *fused) if isinstance(call, LayerCall) else None
+
+    def _remember(self, x: Tensor) -> None:
+        """Have later calls take the way of this one, which computed sparse from x, where it was eager and without gradients."""
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            self._call = LayerCall.after(self, x)
 
     def check_input(self, op: str, argument: str, x: Tensor, others: int = 0) -> None:
         """Refuse what is not ``(..., K - others)`` of the layer's dtype and on its device, before selection runs on it.

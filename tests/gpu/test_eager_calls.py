@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from permutations import in_windows
 from rtlynx import SparseLinear, SparsityConfig
+from rtlynx.activations import selection_does
+from rtlynx.fp8 import missing_kernels
+from rtlynx.layer_call import LayerCall
 from rtlynx.sharing import InputGroup
 
 K, N = 512, 192
@@ -53,6 +56,32 @@ def test_the_same(dtype: torch.dtype, values_dtype: torch.dtype | None, options:
         layer._call, call = None, layer._call
         assert got is not None and torch.equal(got, layer(other))
         layer._call = call
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["model", "fp8"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("fused", ["none", "gelu_tanh", "gelu", "silu_gate", "head"])
+@pytest.mark.usefixtures("kernels")
+def test_the_same_with_what_is_fused(fused: str, residual: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if precision == "fp8" and (reason := missing_kernels(torch.device("cuda", torch.cuda.current_device()))):
+        pytest.skip(reason)
+    layer = layer_of(precision=precision, shift=True)
+    both = torch.randn(2, 70, 2 * K, device="cuda", dtype=torch.bfloat16)
+    x, gate = both.chunk(2, dim=-1) if fused == "silu_gate" else (inputs(m=140), None)
+    head, x = (x[..., :128], x[..., 128:]) if fused == "head" else (None, x)
+    after = (torch.randn(2, 70, N, device="cuda", dtype=torch.bfloat16), torch.randn(2, N, device="cuda", dtype=torch.bfloat16))
+    activation = "gelu_tanh" if fused == "head" else fused
+    arguments = (x, activation, gate, head, *(after if residual else (None, None)))
+    want = layer.forward_activated(*arguments)
+    served = []
+    run = LayerCall.fused
+    monkeypatch.setattr(LayerCall, "fused", lambda *all: served.append(run(*all)) or served[-1])
+    got = layer.forward_activated(*arguments)
+    in_kernel = activation == "none" or selection_does(x.device, activation)
+    assert torch.equal(got, want) and [output is not None for output in served] == [in_kernel]
+    if fused == "none" and residual:
+        assert torch.equal(layer.forward_gated(x, *after), want) and served[-1] is not None
 
 
 @torch.no_grad()

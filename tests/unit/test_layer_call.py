@@ -32,7 +32,7 @@ class Recorder:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The extension, for tensors on the CPU."""
-    monkeypatch.setattr(layer_call, "direct", lambda *_: not torch.is_grad_enabled())
+    monkeypatch.setattr(layer_call, "direct", lambda *tensors: not torch.is_grad_enabled() and Subclass not in map(type, tensors))
     monkeypatch.setattr(launch, "stream", lambda _: 7)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     return SimpleNamespace(Layer=Recorder)
@@ -161,6 +161,128 @@ def test_fewer_tokens_than_pay_take_the_long_way(core: SimpleNamespace, monkeypa
     layer.small_m = "dense"
     call = LayerCall(layer, inputs(), core)
     assert call(layer, inputs()) is not None and call(layer, inputs()[:, :4]) is None
+
+
+@torch.no_grad()
+def test_what_is_fused_goes_with_both_kernels(core: SimpleNamespace) -> None:
+    layer, gate, x = layer_of(), *torch.randn(2, 5, K, dtype=torch.bfloat16).chunk(2, dim=-1)
+    head, residual, residual_gate = (torch.randn(2, *shape, dtype=torch.bfloat16) for shape in ((5, K // 2), (5, N), (N,)))
+    call = LayerCall(layer, x, core)
+    output = call.fused(layer, x, "silu_gate", gate, head, residual, residual_gate)
+    assert output is not None and output.shape == (2, 5, N)
+    ((name, *arguments),) = call._core.calls
+    (workspace,) = arguments[10:11]
+    before = [x.data_ptr(), K, "silu_gate", gate.data_ptr(), K, head.data_ptr(), K // 2, K // 2]  # rows of a chunk are apart
+    after = [residual.data_ptr(), residual_gate.data_ptr(), 2, output.data_ptr()]
+    assert (name, arguments) == ("run_fused", [7, 10, *before, workspace, *after])
+
+
+@torch.no_grad()
+def test_without_anything_fused_there_are_no_addresses(core: SimpleNamespace) -> None:
+    layer, x = layer_of(), inputs()
+    call = LayerCall(layer, x, core)
+    output = call.fused(layer, x, "none", None, None, None, None)
+    assert output is not None
+    ((_, _, _, *before, _, residual, gate, gates, out),) = call._core.calls
+    assert before == [x.data_ptr(), K, "none", 0, 0, 0, 0, 0] and (residual, gate, gates, out) == (0, 0, 0, output.data_ptr())
+
+
+HALF = K // 2
+FUSED: dict[str, Tensor | None] = {
+    "x": torch.randn(2, 5, HALF, dtype=torch.bfloat16),
+    "gate": torch.randn(2, 5, HALF, dtype=torch.bfloat16),
+    "head": torch.randn(2, 5, HALF, dtype=torch.bfloat16),
+    "residual": torch.randn(2, 5, N, dtype=torch.bfloat16),
+    "residual_gate": torch.randn(2, N, dtype=torch.bfloat16),
+}
+
+
+def fused(call: LayerCall, layer: SparseLinear, **changed: Tensor | None) -> Tensor | None:
+    x, *others = {**FUSED, **changed}.values()
+    assert x is not None
+    return call.fused(layer, x, "silu_gate", *others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.half(),
+        lambda tensor: tensor[:1],
+        lambda tensor: tensor[..., :-8],
+        lambda tensor: torch.cat([tensor.flatten(), tensor.flatten()[:1]])[1:].view(tensor.shape),
+        lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
+        lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda tensor: tensor.as_subclass(Subclass),
+    ],
+    ids=["dtype", "samples", "channels", "misaligned", "strided channels", "strided samples", "subclass"],
+)
+def test_what_is_fused_and_does_not_fit_takes_the_long_way(core: SimpleNamespace, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    layer, given = layer_of(), FUSED[name]
+    call = LayerCall(layer, inputs(), core)
+    assert given is not None and fused(call, layer) is not None
+    changed = change(given)
+    call._core.calls.clear()
+    served = fused(call, layer, **{name: changed}) is not None
+    fits = torch.equal(changed, given) and changed.is_contiguous() and changed.data_ptr() % 16 == 0 and changed.dtype is torch.bfloat16
+    assert served == (fits and type(changed) is Tensor) == bool(call._core.calls)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("missing", ["head", "residual"])
+def test_what_is_fused_and_not_whole_takes_the_long_way(core: SimpleNamespace, missing: str) -> None:
+    layer = layer_of()
+    call = LayerCall(layer, inputs(), core)
+    assert fused(call, layer, **{missing: None}) is None and not call._core.calls
+
+
+@torch.no_grad()
+def test_a_gate_for_rows_that_are_no_samples_takes_the_long_way(core: SimpleNamespace) -> None:
+    layer, x, rows = layer_of(), torch.randn(10, K, dtype=torch.bfloat16), torch.randn(2, 10, N, dtype=torch.bfloat16)
+    call = LayerCall(layer, x, core)
+    assert call.fused(layer, x, "none", None, None, *rows) is None
+    assert call.fused(layer, x[0], "none", None, None, *rows[:, 0]) is None
+    assert call.fused(layer, x[0, 0], "none", None, None, *rows[:, 0, 0]) is None and not call._core.calls
+
+
+@torch.no_grad()
+def test_what_is_fused_asks_for_the_kernel_and_whether_the_layer_is_alone(core: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of()
+    call = LayerCall(layer, inputs(), core)
+    assert fused(call, layer) is not None
+    with monkeypatch.context() as autocast:
+        autocast.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+        assert fused(call, layer) is None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(layer_call, "selection_does", lambda _device, activation: activation == "gelu_tanh")
+        assert fused(call, layer) is None
+    layer.sharing = 2
+    assert fused(call, layer) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_layer_takes_the_long_way_with_what_is_fused(core: SimpleNamespace, change: str) -> None:
+    layer = layer_of()
+    call = LayerCall(layer, inputs(), core)
+    assert fused(call, layer) is not None
+    CHANGES[change](layer)
+    assert fused(call, layer) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["forward_gated", "forward_activated"])
+def test_a_call_with_something_fused_is_remembered(core: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    layer, x = layer_of(), inputs()
+    residual, gate = torch.randn(2, 5, N, dtype=torch.bfloat16), torch.randn(2, N, dtype=torch.bfloat16)
+    fusing = (residual, gate) if way == "forward_gated" else ("gelu_tanh", None, None, residual, gate)
+    call = LayerCall(layer, x, core)
+    monkeypatch.setattr(LayerCall, "after", lambda *_: call)
+    getattr(layer, way)(x, *fusing)
+    assert layer._call is call and not call._core.calls
+    getattr(layer, way)(x, *fusing)
+    assert [name for name, *_ in call._core.calls] == ["run_fused"]
 
 
 @torch.no_grad()

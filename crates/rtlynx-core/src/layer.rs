@@ -6,16 +6,17 @@ use crate::error::Result;
 use crate::format::{BLOCK_COLS, TILE_ROWS, ceil_div, padded_rows};
 use crate::launch::{self, Place};
 use crate::problem::{SparseLinearProblem, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
+use crate::prologue::Prologue;
 
 /// Alignment of each part of the memory: what the caching allocators of the field give a tensor's first element.
 const PART_BYTES: i64 = 512;
 
-/// A layer whose activation is contiguous and is neither activated nor normalised on the way.
+/// A layer, of which each call says what it reads and what follows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Layer {
     /// Index of the GPU.
     pub device: i32,
-    /// Of any number of rows: `m` and `ldx` are not read.
+    /// Of any input: `m`, `ldx` and `prologue` are not read.
     pub selection: SparsifyProblem,
     /// Output channels.
     pub n: i64,
@@ -23,6 +24,21 @@ pub struct Layer {
     pub selects_by: SparsifyTensors,
     /// What the product reads beside what was selected; the rest is not read.
     pub multiplies_by: SparseLinearTensors,
+}
+
+/// The rows that a call selects from, and what is done to them before. Addresses are 0 for what is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Input {
+    /// Address of the first row.
+    pub x: u64,
+    /// Elements from one row to the next.
+    pub ldx: i64,
+    /// Activation and concatenation; no norm.
+    pub prologue: Prologue,
+    /// Address of what the activation multiplies by.
+    pub gate: u64,
+    /// Address of the columns before those of x.
+    pub head: u64,
 }
 
 /// What selection writes and the product reads, as bytes from the start of a piece of memory, and the size of all.
@@ -37,7 +53,7 @@ struct Parts {
 impl Layer {
     /// Bytes between selection and product for `m` rows, which must be a valid number of them.
     pub fn workspace_bytes(&self, m: i64) -> Result<u64> {
-        self.selection_of(m).validate()?;
+        self.selection_of(m, self.selection.k, Prologue::default()).validate()?;
         Ok(self.parts(m).bytes)
     }
 
@@ -45,13 +61,16 @@ impl Layer {
     ///
     /// # Safety
     ///
-    /// As of [`launch::sparsify`], for `x` of `m` contiguous rows, for what the layer was made with, and for `workspace`: memory of
+    /// As of [`launch::sparsify`], for `input` of `m` rows, for what the layer was made with, and for `workspace`: memory of
     /// [`Self::workspace_bytes`] that is written.
-    pub unsafe fn select(&self, stream: u64, m: i64, x: u64, workspace: u64) -> Result<()> {
+    pub unsafe fn select(&self, stream: u64, m: i64, input: &Input, workspace: u64) -> Result<()> {
         let parts = self.parts(m);
-        let problem = self.selection_of(m);
+        let Input { x, ldx, prologue, gate, head } = *input;
+        let problem = self.selection_of(m, ldx, prologue);
         let tensors = SparsifyTensors {
             x,
+            gate,
+            head,
             values: workspace,
             metadata: workspace + parts.metadata,
             row_scale: if problem.norm_compensation { workspace + parts.row_scale } else { 0 },
@@ -62,12 +81,13 @@ impl Layer {
         unsafe { launch::sparsify(Place { device: self.device, stream }, &problem, &tensors) }
     }
 
-    /// Enqueues the product of what [`Self::select`], of this layer or of one that selects alike, left in `workspace`.
+    /// Enqueues the product of what [`Self::select`], of this layer or of one that selects alike, left in `workspace`, and what follows it.
     ///
     /// # Safety
     ///
-    /// As of [`launch::sparse_linear`], for what the layer was made with, for `workspace`, and for `out`: memory of `m` rows that is written.
-    pub unsafe fn multiply(&self, stream: u64, m: i64, workspace: u64, out: u64) -> Result<()> {
+    /// As of [`launch::sparse_linear`], for what the layer was made with, for `workspace`, for `epilogue`, and for `out`: memory of `m` rows
+    /// that is written.
+    pub unsafe fn multiply(&self, stream: u64, m: i64, workspace: u64, epilogue: &Epilogue, out: u64) -> Result<()> {
         let parts = self.parts(m);
         let SparsifyProblem { dtype, k, rank, norm_compensation, .. } = self.selection;
         let problem = SparseLinearProblem { dtype, m, n: self.n, k, rank };
@@ -80,11 +100,11 @@ impl Layer {
             ..self.multiplies_by
         };
         // SAFETY: as above.
-        unsafe { launch::sparse_linear(Place { device: self.device, stream }, &problem, &Epilogue::default(), &tensors) }
+        unsafe { launch::sparse_linear(Place { device: self.device, stream }, &problem, epilogue, &tensors) }
     }
 
-    fn selection_of(&self, m: i64) -> SparsifyProblem {
-        SparsifyProblem { m, ldx: self.selection.k, ..self.selection }
+    fn selection_of(&self, m: i64, ldx: i64, prologue: Prologue) -> SparsifyProblem {
+        SparsifyProblem { m, ldx, prologue, ..self.selection }
     }
 
     fn parts(&self, m: i64) -> Parts {
@@ -114,7 +134,7 @@ mod tests {
     use super::*;
     use crate::dtype::Dtype;
     use crate::error::Error;
-    use crate::prologue::Prologue;
+    use crate::prologue::Activation;
 
     const LAYER: Layer = Layer {
         device: 0,
@@ -123,7 +143,7 @@ mod tests {
             m: 0,
             k: 320,
             ldx: 0,
-            prologue: Prologue { activation: crate::prologue::Activation::None, head_k: 0, ld_head: 0, ld_gate: 0, norm_rows: 0 },
+            prologue: Prologue { activation: Activation::None, head_k: 0, ld_head: 0, ld_gate: 0, norm_rows: 0 },
             gathered: false,
             rank: 16,
             norm_compensation: true,
@@ -161,6 +181,8 @@ mod tests {
         },
     };
 
+    const INPUT: Input = Input { x: 0, ldx: 320, prologue: LAYER.selection.prologue, gate: 0, head: 0 };
+
     #[test]
     fn parts_are_apart_and_aligned() {
         // 70 rows: values 70 * 160 bytes, metadata of 2 blocks of 8 tiles, 70 floats, 70 * 16 halves.
@@ -178,10 +200,21 @@ mod tests {
     #[test]
     fn what_is_missing_is_refused_before_the_driver_is_asked() {
         // SAFETY: without memory nothing is launched.
-        let selected = unsafe { LAYER.select(0, 4, 0, 512) };
+        let selected = unsafe { LAYER.select(0, 4, &INPUT, 512) };
         // SAFETY: as above.
-        let multiplied = unsafe { LAYER.multiply(0, 4, 512, 0) };
+        let multiplied = unsafe { LAYER.multiply(0, 4, 512, &Epilogue::default(), 0) };
         assert!(matches!(selected, Err(Error::InvalidArgument { argument: "x", .. })), "{selected:?}");
         assert!(matches!(multiplied, Err(Error::InvalidArgument { argument: "out", .. })), "{multiplied:?}");
+    }
+
+    #[test]
+    fn what_comes_before_and_after_is_checked_too() {
+        let prologue = Prologue { activation: Activation::GeluTanh, head_k: 64, ld_head: 64, ..INPUT.prologue };
+        // SAFETY: nothing is launched without a head, nor with a gate and nothing to add it to.
+        let selected = unsafe { LAYER.select(0, 4, &Input { x: 4096, ldx: 256, prologue, ..INPUT }, 512) };
+        // SAFETY: as above.
+        let multiplied = unsafe { LAYER.multiply(0, 4, 512, &Epilogue { gate: 512, gates: 1, ..Epilogue::default() }, 4096) };
+        assert!(matches!(selected, Err(Error::InvalidArgument { argument: "head", .. })), "{selected:?}");
+        assert!(matches!(multiplied, Err(Error::InvalidArgument { argument: "residual", .. })), "{multiplied:?}");
     }
 }

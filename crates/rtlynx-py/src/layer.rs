@@ -2,9 +2,10 @@
 
 use pyo3::prelude::*;
 use rtlynx_core::dtype::Dtype;
-use rtlynx_core::layer;
+use rtlynx_core::epilogue::Epilogue;
+use rtlynx_core::layer::{self, Input};
 use rtlynx_core::problem::{SPARSE_LINEAR, SPARSIFY, SparseLinearTensors, SparsifyProblem, SparsifyTensors};
-use rtlynx_core::prologue::Prologue;
+use rtlynx_core::prologue::{Activation, Prologue};
 
 use crate::error::to_python;
 
@@ -60,19 +61,57 @@ impl Layer {
 
     /// Enqueue selection from m contiguous rows of x.
     fn select(&self, stream: u64, m: i64, x: u64, workspace: u64) -> PyResult<()> {
-        // SAFETY: rtlynx.layer_call passes tensors of these shapes on this device and keeps them alive on the stream; the class is private.
-        unsafe { self.0.select(stream, m, x, workspace) }.map_err(to_python(SPARSIFY))
+        let input = Input { x, ldx: self.0.selection.k, prologue: Prologue::default(), gate: 0, head: 0 };
+        self.select_input(stream, m, &input, workspace)
     }
 
     /// Enqueue the product of what was selected into `workspace`, by this layer or by one that selects alike.
     fn multiply(&self, stream: u64, m: i64, workspace: u64, out: u64) -> PyResult<()> {
-        // SAFETY: as above.
-        unsafe { self.0.multiply(stream, m, workspace, out) }.map_err(to_python(SPARSE_LINEAR))
+        self.multiply_and(stream, m, workspace, &Epilogue::default(), out)
     }
 
     /// Enqueue both.
     fn run(&self, stream: u64, m: i64, x: u64, workspace: u64, out: u64) -> PyResult<()> {
         self.select(stream, m, x, workspace)?;
         self.multiply(stream, m, workspace, out)
+    }
+
+    /// Enqueue both, with what comes before the layer, as `sparsify` has it, and a gated sum after it, as `sparse_linear` does.
+    #[allow(clippy::too_many_arguments)] // the flat boundary between two languages
+    fn run_fused(
+        &self,
+        stream: u64,
+        m: i64,
+        x: u64,
+        ldx: i64,
+        activation: &str,
+        gate: u64,
+        ld_gate: i64,
+        head: u64,
+        head_k: i64,
+        ld_head: i64,
+        workspace: u64,
+        residual: u64,
+        residual_gate: u64,
+        residual_gates: i64,
+        out: u64,
+    ) -> PyResult<()> {
+        let activation = Activation::parse(SPARSIFY, activation).map_err(to_python(SPARSIFY))?;
+        let prologue = Prologue { activation, head_k, ld_head, ld_gate, norm_rows: 0 };
+        let epilogue = Epilogue { activation: Activation::None, residual, gate: residual_gate, gates: residual_gates };
+        self.select_input(stream, m, &Input { x, ldx, prologue, gate, head }, workspace)?;
+        self.multiply_and(stream, m, workspace, &epilogue, out)
+    }
+}
+
+impl Layer {
+    fn select_input(&self, stream: u64, m: i64, input: &Input, workspace: u64) -> PyResult<()> {
+        // SAFETY: rtlynx.layer_call passes tensors of these shapes on this device and keeps them alive on the stream; the class is private.
+        unsafe { self.0.select(stream, m, input, workspace) }.map_err(to_python(SPARSIFY))
+    }
+
+    fn multiply_and(&self, stream: u64, m: i64, workspace: u64, epilogue: &Epilogue, out: u64) -> PyResult<()> {
+        // SAFETY: as above.
+        unsafe { self.0.multiply(stream, m, workspace, epilogue, out) }.map_err(to_python(SPARSE_LINEAR))
     }
 }

@@ -61,7 +61,8 @@ def host_times(rank: int, repeats: int) -> list[HostTime]:
     """Microseconds of host time of one call without gradients: of a dense layer, and of a sparse one alone and in a group of three.
 
     By parts, eager: of a dense layer, of a sparse one alone, and of one that computes densely since its tokens are too few, on a GPU that
-    has such layers. Compiled: of a layer of a chain of them in one graph, all of it divided by their number.
+    has such layers. Whole: of a sparse one with what is fused. Compiled: of a layer of a chain of them in one graph, all of it divided by
+    their number.
 
     Raises:
         InvalidArgumentError: With this torch eager calls do not take the short way.
@@ -80,6 +81,9 @@ def host_times(rank: int, repeats: int) -> list[HostTime]:
     if few.is_dense_now(x.shape[:-1].numel(), x.device):
         eager["sparse, too few tokens"] = dense_call(few, x)
     found = [HostTime(call, *part) for call, timed in eager.items() for part in parts(timed, lambda f: _time(f, repeats)).items()]
+    residual, gate = torch.randn_like(x), torch.randn_like(x[:, 0])
+    us = _time(lambda: alone.forward_activated(x, "gelu_tanh", residual=residual, residual_gate=gate), repeats)
+    found.append(HostTime("sparse, GELU before and gated sum after", WHOLE, us))
 
     for name, link in (("dense, compiled", dense), ("sparse, compiled", alone)):
         chain = torch.compile(nn.Sequential(*[link] * _CHAIN), fullgraph=True)
