@@ -30,6 +30,7 @@ from tiny_pipelines import (
     flux_controlnet,
     flux_lora,
     flux_pipeline,
+    guided,
     lora,
     picture,
     qwen_image_pipeline,
@@ -80,19 +81,6 @@ def test_a_batch_and_several_images_for_a_prompt() -> None:
         assert got.shape == (images, 3, 32, 32)
         # Measured, 0.004; images are 0.4 apart, and one layer that answers nothing makes it 0.006.
         assert all(1e-3 < relative_error(got[i], want[i]) < 5e-3 for i in range(images))
-
-
-def guided(pipe: Any, scale: float) -> Tensor:
-    """Latents of a prompt against another, in two forwards a step where the scale is above 1."""
-    rng = torch.Generator().manual_seed(4)
-    prompts = {name: torch.randn(1, 11, 64, generator=rng) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    settings = {"true_cfg_scale": scale, "output_type": "latent", "generator": torch.Generator().manual_seed(7)}
-    if type(pipe).__name__ == "FluxPipeline":
-        pooled = {f"{name}pooled_prompt_embeds": torch.randn(1, 32, generator=rng) for name in ("", "negative_")}
-        return sample(pipe, **prompts, **pooled, **settings)
-    masks = {f"{name}_mask": torch.ones(value.shape[:2], dtype=torch.long) for name, value in prompts.items()}
-    latents: Tensor = pipe(**prompts, **masks, **settings, height=128, width=128, num_inference_steps=3).images
-    return latents
 
 
 @pytest.mark.parametrize("make", [flux_pipeline, qwen_image_pipeline])
