@@ -301,12 +301,13 @@ def test_image_to_image_and_inpainting() -> None:
         other = kind(**parts)
         other.set_progress_bar_config(disable=True)
 
-        def draw(other: Any = other, arguments: dict[str, Any] = arguments) -> Tensor:
-            return sample(other, image=image, strength=0.7, **arguments)
+        def draw(image: Tensor = image, other: Any = other, arguments: dict[str, Any] = arguments) -> Tensor:
+            return sample(other, image=image, strength=0.6, **arguments)  # two steps of three: the first is not from noise alone
 
         got = draw()
         assert got.shape == (1, 3, 32, 32)
-        assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < 5e-3  # as in a batch
+        assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < 7e-3  # measured, 0.0056 and less
+        assert relative_error(draw(1 - image), got) > 3e-2
         assert all(row.sparse for row in rtlynx.summary(other) if row.name.endswith("attn.to_q"))
 
 
@@ -327,10 +328,11 @@ def test_image_to_image_and_inpainting_of_other_families(make: Callable[[], Any]
     pipe.set_progress_bar_config(disable=True)
     image = picture()
 
-    def draw() -> Tensor:
-        return sample_guided(pipe, image=image, strength=0.7, **arguments)
+    def draw(image: Tensor = image) -> Tensor:
+        return sample_guided(pipe, image=image, strength=0.6, **arguments)  # two steps of three: the first is not from noise alone
 
     dense = draw()
+    assert relative_error(draw(1 - image), dense) > 3e-2
     rtlynx.apply(pipe, SparsityConfig(rank=16))
     got = draw()
     assert got.shape == dense.shape == (1, 3, 32, 32) and 1e-4 < relative_error(got, dense) < 0.3
