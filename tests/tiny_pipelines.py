@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetModel,
     FluxPipeline,
+    FluxTransformer2DModel,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
@@ -143,6 +144,20 @@ def sample_guided(pipe: Any, scale: float = 4.0, **kwargs: Any) -> Tensor:
     defaults = {"height": side, "width": side, "num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(7)}
     pixels: Tensor = pipe(**{**prompts, **defaults, **kwargs}, guidance_scale=scale, return_dict=False)[0]
     return pixels
+
+
+def guided(pipe: Any, scale: float, **kwargs: Any) -> Tensor:
+    """Latents of a prompt against another, of FLUX.1 or Qwen-Image: in two forwards a step where the scale is above 1."""
+    rng = torch.Generator().manual_seed(4)
+    on = {"device": getattr(pipe, "_execution_device", "cpu"), "dtype": pipe.transformer.dtype}
+    prompts = {name: torch.randn(1, 11, 64, generator=rng).to(**on) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    settings = {"true_cfg_scale": scale, "output_type": "latent", "generator": torch.Generator().manual_seed(7), **kwargs}
+    if isinstance(pipe.transformer, FluxTransformer2DModel):
+        pooled = {f"{name}pooled_prompt_embeds": torch.randn(1, 32, generator=rng).to(**on) for name in ("", "negative_")}
+        return sample(pipe, **prompts, **pooled, **settings)
+    masks = {f"{name}_mask": torch.ones(value.shape[:2], dtype=torch.long, device=on["device"]) for name, value in prompts.items()}
+    latents: Tensor = pipe(**prompts, **masks, **settings, height=128, width=128, num_inference_steps=3).images
+    return latents
 
 
 def flux_lora(seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]:

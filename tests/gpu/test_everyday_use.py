@@ -10,10 +10,12 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import rtlynx
-from rtlynx import SparseLinear, SparsityConfig
+from rtlynx import SparseLinear, SparsityConfig, launch
 from rtlynx.fp8 import missing_kernels
+from sparse_models import with_branches
 from tiny_models import TINY, output, relative_error
 from tiny_pipelines import flux_lora, flux_pipeline, sample
 
@@ -25,15 +27,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.f
 
 def sparse(module_or_pipe: Any) -> Any:
     """With a branch in every layer, never falling back to the dense product although the model is small."""
-    rtlynx.apply(module_or_pipe, SparsityConfig(rank=16, selection="weight", small_m="sparse"))
-    model = getattr(module_or_pipe, "transformer", module_or_pipe)
-    rng = torch.Generator()
-    for layer in model.modules():
-        if isinstance(layer, SparseLinear):
-            k, n = layer.in_features, layer.out_features
-            rng.manual_seed(k)
-            layer.set_compensation(torch.randn(k, 16, generator=rng) / k**0.5, torch.randn(n, 16, generator=rng) / 9)
-    return module_or_pipe
+    return with_branches(module_or_pipe, selection="weight", small_m="sparse")
 
 
 OFFLOADING: dict[str, Callable[[Any], None]] = {
@@ -89,14 +83,33 @@ def test_weights_stored_in_fp8() -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_compiled_transformer(mode: str) -> None:
+def test_compiled_transformer(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = sparse(FLUX.build("cuda", BF16)), FLUX.inputs("cuda", BF16)
     want = output(model, inputs)
+    launches: list[None] = []
+    replays: list[None] = []
+    core, replay = launch.core, torch.cuda.CUDAGraph.replay
+
+    def launching() -> Any:
+        launches.append(None)
+        return core()
+
+    def replaying(graph: torch.cuda.CUDAGraph) -> None:
+        replays.append(None)
+        replay(graph)
+
+    monkeypatch.setattr(launch, "core", launching)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replaying)
     torch._dynamo.reset()
+    counters.clear()
     compiled = torch.compile(model, mode=mode)
     for _ in range(3):  # the third call replays the recorded graphs
+        launches.clear()
+        replays.clear()
         torch.compiler.cudagraph_mark_step_begin()
         assert relative_error(output(compiled, inputs).clone(), want) < 5e-2
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert (len(replays) > 0, len(launches) > 0) == ((True, False) if mode == "reduce-overhead" else (False, True))
 
 
 def test_compiled_blocks_serve_every_size() -> None:

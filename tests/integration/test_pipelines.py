@@ -30,6 +30,7 @@ from tiny_pipelines import (
     flux_controlnet,
     flux_lora,
     flux_pipeline,
+    guided,
     lora,
     picture,
     qwen_image_pipeline,
@@ -80,19 +81,6 @@ def test_a_batch_and_several_images_for_a_prompt() -> None:
         assert got.shape == (images, 3, 32, 32)
         # Measured, 0.004; images are 0.4 apart, and one layer that answers nothing makes it 0.006.
         assert all(1e-3 < relative_error(got[i], want[i]) < 5e-3 for i in range(images))
-
-
-def guided(pipe: Any, scale: float) -> Tensor:
-    """Latents of a prompt against another, in two forwards a step where the scale is above 1."""
-    rng = torch.Generator().manual_seed(4)
-    prompts = {name: torch.randn(1, 11, 64, generator=rng) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    settings = {"true_cfg_scale": scale, "output_type": "latent", "generator": torch.Generator().manual_seed(7)}
-    if type(pipe).__name__ == "FluxPipeline":
-        pooled = {f"{name}pooled_prompt_embeds": torch.randn(1, 32, generator=rng) for name in ("", "negative_")}
-        return sample(pipe, **prompts, **pooled, **settings)
-    masks = {f"{name}_mask": torch.ones(value.shape[:2], dtype=torch.long) for name, value in prompts.items()}
-    latents: Tensor = pipe(**prompts, **masks, **settings, height=128, width=128, num_inference_steps=3).images
-    return latents
 
 
 @pytest.mark.parametrize("make", [flux_pipeline, qwen_image_pipeline])
@@ -313,12 +301,13 @@ def test_image_to_image_and_inpainting() -> None:
         other = kind(**parts)
         other.set_progress_bar_config(disable=True)
 
-        def draw(other: Any = other, arguments: dict[str, Any] = arguments) -> Tensor:
-            return sample(other, image=image, strength=0.7, **arguments)
+        def draw(image: Tensor = image, other: Any = other, arguments: dict[str, Any] = arguments) -> Tensor:
+            return sample(other, image=image, strength=0.6, **arguments)  # two steps of three: the first is not from noise alone
 
         got = draw()
         assert got.shape == (1, 3, 32, 32)
-        assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < 5e-3  # as in a batch
+        assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < 7e-3  # measured, 0.0056 and less
+        assert relative_error(draw(1 - image), got) > 3e-2
         assert all(row.sparse for row in rtlynx.summary(other) if row.name.endswith("attn.to_q"))
 
 
@@ -339,10 +328,11 @@ def test_image_to_image_and_inpainting_of_other_families(make: Callable[[], Any]
     pipe.set_progress_bar_config(disable=True)
     image = picture()
 
-    def draw() -> Tensor:
-        return sample_guided(pipe, image=image, strength=0.7, **arguments)
+    def draw(image: Tensor = image) -> Tensor:
+        return sample_guided(pipe, image=image, strength=0.6, **arguments)  # two steps of three: the first is not from noise alone
 
     dense = draw()
+    assert relative_error(draw(1 - image), dense) > 3e-2
     rtlynx.apply(pipe, SparsityConfig(rank=16))
     got = draw()
     assert got.shape == dense.shape == (1, 3, 32, 32) and 1e-4 < relative_error(got, dense) < 0.3
