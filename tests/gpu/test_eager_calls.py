@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from permutations import in_windows
 from rtlynx import SparseLinear, SparsityConfig
 from rtlynx.activations import selection_does
-from rtlynx.fp8 import missing_kernels
 from rtlynx.layer_call import LayerCall
 from rtlynx.sharing import InputGroup
 
@@ -59,14 +58,12 @@ def test_the_same(dtype: torch.dtype, values_dtype: torch.dtype | None, options:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("precision", ["model", "fp8"])
+@pytest.mark.parametrize("values_dtype", [None, torch.float8_e4m3fn], ids=["16-bit", "e4m3"])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("fused", ["none", "gelu_tanh", "gelu", "silu_gate", "head"])
 @pytest.mark.usefixtures("kernels")
-def test_the_same_with_what_is_fused(fused: str, residual: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if precision == "fp8" and (reason := missing_kernels(torch.device("cuda", torch.cuda.current_device()))):
-        pytest.skip(reason)
-    layer = layer_of(precision=precision, shift=True)
+def test_the_same_with_what_is_fused(fused: str, residual: bool, values_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(precision="model" if values_dtype is None else "fp8", shift=True)
     both = torch.randn(2, 70, 2 * K, device="cuda", dtype=torch.bfloat16)
     x, gate = both.chunk(2, dim=-1) if fused == "silu_gate" else (inputs(m=140), None)
     head, x = (x[..., :128], x[..., 128:]) if fused == "head" else (None, x)

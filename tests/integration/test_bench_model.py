@@ -242,6 +242,8 @@ def test_variants_share_every_weight() -> None:
         ("void pytorch_flash::flash_fwd_kernel<...>", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_31", "attention"),
         ("triton_poi_fused_add_gelu_mul_3", "other"),
+        ("triton_red_fused__scaled_dot_product_flash_attention_addmm_mul_7", "other"),
+        ("triton_tem_fused_flex_attention_0", "attention"),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", "other"),
     ],
 )

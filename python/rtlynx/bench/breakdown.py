@@ -9,6 +9,8 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+BETWEEN = re.compile(r"triton_(poi|red|per)_")
+"""Inductor's kernels that are neither product nor attention. In their names are also the ops that they only prepare something for."""
 KINDS: dict[str, re.Pattern[str]] = {
     "select": re.compile(r"sparsify"),
     "attention": re.compile(r"flash|fmha|attention|sdpa|_attn_|cudnn.*(mha|sdp)", re.IGNORECASE),
@@ -19,6 +21,8 @@ KINDS: dict[str, re.Pattern[str]] = {
 
 def kind(kernel: str) -> str:
     """``"select"``, ``"attention"``, ``"gemm"`` or ``"other"``."""
+    if BETWEEN.match(kernel):
+        return "other"
     return next((name for name, pattern in KINDS.items() if pattern.search(kernel)), "other")
 
 
