@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-
 import pytest
 import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
@@ -17,14 +14,8 @@ from rtlynx import SparsityConfig
 from rtlynx.eligibility import sparse_layers
 from tiny_models import relative_error
 
+pytestmark = pytest.mark.usefixtures("others_warnings_are_not_ours")
 SPARSE = SparsityConfig(small_m="sparse")
-
-
-@pytest.fixture(autouse=True)
-def others_warnings_are_not_ours() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"(diffusers|transformers|torch)\b.*")
-        yield
 
 
 @pytest.fixture(autouse=True)
