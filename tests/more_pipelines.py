@@ -22,6 +22,7 @@ from diffusers import (
     LTXPipeline,
     PixArtSigmaPipeline,
     QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
 )
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
@@ -69,9 +70,9 @@ def noise(*shape: int, seed: int = 6) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pil_picture() -> Image.Image:
+def pil_picture(seed: int = 8) -> Image.Image:
     """Of 64×64 pixels."""
-    values = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(8), dtype=torch.uint8)
+    values = torch.randint(256, (64, 64, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return Image.fromarray(values.numpy())
 
 
@@ -154,8 +155,8 @@ def _qwen_text_encoder(token: Callable[[str], int]) -> Any:
     return _seeded(lambda: Qwen2_5_VLForConditionalGeneration(config))
 
 
-def _qwen_image_edit() -> Any:
-    """With a text encoder that reads the prompt and the picture."""
+def _qwen_image_edit(kind: Any = QwenImageEditPipeline, **config: Any) -> Any:
+    """With a text encoder that reads the prompt and the pictures."""
 
     def vae() -> nn.Module:
         return AutoencoderKLQwenImage(
@@ -170,9 +171,14 @@ def _qwen_image_edit() -> Any:
 
     processor = _qwen_processor()
     tokenizer = processor.tokenizer
-    transformer = TINY["qwen_image"].build("cpu", torch.float32)
+    small = TINY["qwen_image"].build("cpu", torch.float32)
+    transformer = _seeded(lambda: type(small).from_config({**small.config, **config})) if config else small
     encoder = _qwen_text_encoder(tokenizer.convert_tokens_to_ids)
-    return _quiet(QwenImageEditPipeline(_scheduler(), _seeded(vae), encoder, tokenizer, processor, transformer))
+    return _quiet(kind(_scheduler(), _seeded(vae), encoder, tokenizer, processor, transformer))
+
+
+def _qwen_image_edit_arguments(image: Any) -> dict[str, Any]:
+    return {"image": image, "prompt": "paint it red", "negative_prompt": " ", "height": 64, "width": 64}
 
 
 def _pixart_sigma() -> Any:
@@ -234,15 +240,29 @@ def _flux2_arguments(**more: Any) -> dict[str, Any]:
     return {"prompt_embeds": noise(1, 11, 64), "height": 32, "width": 32, **more}
 
 
-FLUX, FLUX2 = TINY["flux"].sparse_layers, NEIGHBOURS["flux2"].sparse_layers
+FLUX, QWEN_IMAGE, FLUX2 = TINY["flux"].sparse_layers, TINY["qwen_image"].sparse_layers, NEIGHBOURS["flux2"].sparse_layers
 PIPELINES: dict[str, Whole] = {
     "flux_kontext": Whole(_kontext, lambda: _flux_arguments(max_area=32 * 32, _auto_resize=False), FLUX, 3 * (8 + 2 * 2), (1, 3, 32, 32)),
     "flux_fill": Whole(_fill, lambda: _flux_arguments(mask_image=right_half()), FLUX, 3 * (8 + 2 * 2), (1, 3, 32, 32)),
     "qwen_image_edit": Whole(
         _qwen_image_edit,
-        lambda: {"image": pil_picture(), "prompt": "paint it red", "negative_prompt": " ", "height": 64, "width": 64},
-        TINY["qwen_image"].sparse_layers,
+        lambda: _qwen_image_edit_arguments(pil_picture()),
+        QWEN_IMAGE,
         3 * 2 * (2 * 8),  # two forwards a step
+        (1, 3, 64, 64),
+    ),
+    "qwen_image_edit_2509": Whole(
+        lambda: _qwen_image_edit(QwenImageEditPlusPipeline),
+        lambda: _qwen_image_edit_arguments([pil_picture(), pil_picture(9)]),
+        QWEN_IMAGE,
+        3 * 2 * (2 * 8),
+        (1, 3, 64, 64),
+    ),
+    "qwen_image_edit_2511": Whole(
+        lambda: _qwen_image_edit(QwenImageEditPlusPipeline, zero_cond_t=True),
+        lambda: _qwen_image_edit_arguments([pil_picture(), pil_picture(9)]),
+        QWEN_IMAGE,
+        3 * 2 * (2 * 8),
         (1, 3, 64, 64),
     ),
     "pixart_sigma": Whole(

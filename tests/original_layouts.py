@@ -1,7 +1,7 @@
 """State dicts as the models' own authors save them, made of diffusers' by undoing what its ``from_single_file`` does.
 
-FLUX.1's goes back only if the model is as wide as the released one, whatever its depth: the conversion of its single-stream blocks splits a
-layer at 3072 channels.
+FLUX.1's and HunyuanVideo's go back only if the model is as wide as the released one, whatever its depth: the conversion of their
+single-stream blocks splits a layer at 3072 channels.
 """
 
 from __future__ import annotations
@@ -129,9 +129,52 @@ RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"ffn\.net\.2", "ffn.2"),
         (r"(blocks\.\d+)\.norm2", r"\1.norm3"),
     ),
+    "qwen_image": (),
+    "ltx": (
+        ("proj_in", "patchify_proj"),
+        ("time_embed", "adaln_single"),
+        ("norm_([qk])", r"\1_norm"),
+    ),
+    "hunyuan_video": (
+        *((f"context_embedder.time_text_embed.timestep_embedder.{ours}", f"txt_in.t_embedder.{theirs}") for ours, theirs in _MLP_EMBEDDER),
+        ("context_embedder.time_text_embed.text_embedder", "txt_in.c_embedder"),
+        ("context_embedder.proj_in", "txt_in.input_embedder"),
+        ("context_embedder.token_refiner.refiner_blocks", "txt_in.individual_token_refiner.blocks"),
+        (r"(txt_in.*)attn\.to_qkv", r"\1self_attn_qkv"),
+        (r"(txt_in.*)attn\.to_out\.0", r"\1self_attn_proj"),
+        (r"(txt_in.*)norm_out\.linear", r"\1adaLN_modulation.1"),
+        (r"(txt_in.*)ff\.net\.0\.proj", r"\1mlp.fc1"),
+        (r"(txt_in.*)ff\.net\.2", r"\1mlp.fc2"),
+        ("x_embedder", "img_in"),
+        *((f"time_text_embed.timestep_embedder.{ours}", f"time_in.{theirs}") for ours, theirs in _MLP_EMBEDDER),
+        *((f"time_text_embed.guidance_embedder.{ours}", f"guidance_in.{theirs}") for ours, theirs in _MLP_EMBEDDER),
+        ("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+        ("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+        ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+        (r"^proj_out", "final_layer.linear"),
+        (r"(single_transformer_blocks\.\d+)\.norm\.linear", r"\1.modulation.linear"),
+        (r"(single_transformer_blocks\.\d+)\.attn\.to_qkv", r"\1.linear1"),
+        (r"(single_transformer_blocks\.\d+)\.proj_out", r"\1.linear2"),
+        (r"(single_transformer_blocks\.\d+)\.attn\.norm_([qk])", r"\1.\2_norm"),
+        (r"^single_transformer_blocks", "single_blocks"),
+        (r"^transformer_blocks", "double_blocks"),
+        (r"norm1_context\.linear", "txt_mod.linear"),
+        (r"norm1\.linear", "img_mod.linear"),
+        (r"attn\.norm_added_([qk])", r"txt_attn_\1_norm"),
+        (r"attn\.norm_([qk])", r"img_attn_\1_norm"),
+        (r"attn\.to_out\.0", "img_attn_proj"),
+        ("attn.to_add_out", "txt_attn_proj"),
+        ("attn.to_qkv", "img_attn_qkv"),
+        ("attn.add_qkv", "txt_attn_qkv"),
+        (r"ff_context\.net\.0\.proj", "txt_mlp.fc1"),
+        (r"ff_context\.net\.2", "txt_mlp.fc2"),
+        (r"ff\.net\.0\.proj", "img_mlp.fc1"),
+        (r"ff\.net\.2", "img_mlp.fc2"),
+    ),
 }
-"""Family → patterns for parts of diffusers' names and what stands there in the original's, applied in order."""
-_FUSED = ("flux", "sd3", "flux2", "z_image")
+"""Family → patterns for parts of diffusers' names and what stands there in the original's, applied in order; Qwen-Image was
+released under diffusers'."""
+_FUSED = ("flux", "sd3", "flux2", "z_image", "hunyuan_video")
 """Families whose originals have q, k and v in one layer."""
 
 
@@ -142,7 +185,7 @@ def original_layout(family: str, state: Mapping[str, Tensor], prefix: str = "") 
         for key in [key for key in state if _QKV.search(key)]:
             keys = [key.replace("_q", f"_{part}") for part in "qkv"]
             fused = re.sub(r"(to|add)_q(_proj)?(?=\.\w+$)", r"\1_qkv", key)
-            mlp = key.replace("attn.to_q", "proj_mlp") if family == "flux" and key.startswith("single") else None
+            mlp = key.replace("attn.to_q", "proj_mlp") if family in ("flux", "hunyuan_video") and key.startswith("single") else None
             state[fused] = torch.cat([state.pop(each) for each in (*keys, *([mlp] if mlp else []))])
     original = {}
     for key, value in state.items():

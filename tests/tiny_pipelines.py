@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -181,14 +181,14 @@ def flux_lora(seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]
     """A LoRA file's content in diffusers' own naming."""
     names = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
     names += [f"single_transformer_blocks.{i}.attn.to_q" for i in range(2)]
-    return lora(names, 128, seed, rank, scale)
+    return lora(dict.fromkeys(names, (128, 128)), seed, rank, scale)
 
 
-def lora(names: Iterable[str], width: int, seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]:
-    """That of square layers of a transformer."""
+def lora(layers: Mapping[str, tuple[int, int]], seed: int, rank: int = 4, scale: float = 0.5) -> dict[str, Tensor]:
+    """That of layers of a transformer, given as name → (K, N)."""
     rng = torch.Generator().manual_seed(seed)
     state = {}
-    for name in names:
-        state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, width, generator=rng) / width**0.5
-        state[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(width, rank, generator=rng)
+    for name, (k, n) in layers.items():
+        state[f"transformer.{name}.lora_A.weight"] = torch.randn(rank, k, generator=rng) / k**0.5
+        state[f"transformer.{name}.lora_B.weight"] = scale * torch.randn(n, rank, generator=rng)
     return state

@@ -13,7 +13,7 @@ from rtlynx.derived import Derived
 from rtlynx.errors import InvalidArgumentError
 from rtlynx.fp8 import check_values_scale, quantize_weight
 from rtlynx.layer_shapes import bias_shape, branch_problem
-from rtlynx.layerwise_casting import computable
+from rtlynx.layerwise_casting import computable, in_8_bits
 from rtlynx.reference import E4M3, EPS, places_of
 
 if TYPE_CHECKING:
@@ -273,25 +273,36 @@ class LayerState(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(bfloat16)` casts every floating-point buffer, but the kernels read these in dtypes of their own: redo those moves without.
-        before = {name: getattr(self, name) for name in _OWN_DTYPES}
+        buffers = self._buffers
+        before = {name: tensor for name in _OWN_DTYPES if (tensor := buffers.get(name)) is not None}
         if self._compact_dtype is not None:
             self._compact_dtype = fn(torch.empty(0, dtype=self._compact_dtype, device=self.weight.device)).dtype
-        super()._apply(self._but_for_dtype(fn) if self.is_compact else fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(self._but_for_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
-            new = getattr(self, name)
+            new = buffers.get(name)
             if new is not None and new.dtype != old.dtype:
                 setattr(self, name, old.to(new.device))
-        if any(getattr(self, name) is not None for name in ("shift", "score", "permutation")):
+        if any(buffers.get(name) is not None for name in ("shift", "score", "permutation")):
             self._tie()  # a buffer that moved is another object
         self.update_output_bias()
         return self
 
     def _but_for_dtype(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """``fn``, which does not cast the weight: not even for a moment, since that would take the memory again."""
-        weight = self.weight
+        """``fn``, which leaves some tensors in the dtype that they have.
+
+        A compact layer's weight: not even for a moment is it cast, since that would take the memory again. And the compensation, which
+        layerwise casting is not to round to 8 bits: it is small, makes up for what is rounded, and would be cast in every call.
+        """
+        parameters = self._parameters
+        kept = [parameters.get("weight")] if self.is_compact else []
+        small = [tensor for name in ("comp_down", "comp_up", "comp_bias") if (tensor := parameters.get(name)) is not None]
+        if small and in_8_bits(fn(small[0].detach().new_empty(0))):
+            kept += small
+        if not kept:
+            return fn
 
         def applied(tensor: Tensor) -> Tensor:
-            if tensor is not weight:
+            if not any(tensor is each for each in kept):
                 return fn(tensor)
             like = fn(tensor.detach().new_empty(0))
             return fn(tensor) if like.dtype == tensor.dtype else tensor.to(like.device)

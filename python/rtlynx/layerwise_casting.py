@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def computable(weight: Tensor) -> Tensor:
     """A weight as its layer computes with it: torch computes little in 8 bits. Nothing is rounded, wider dtypes have all these numbers."""
-    return weight.float() if _in_8_bits(weight) else weight
+    return weight.float() if in_8_bits(weight) else weight
 
 
 def refuse_stored(op: str, layers: Mapping[str, LayerState]) -> None:
@@ -28,12 +28,13 @@ def refuse_stored(op: str, layers: Mapping[str, LayerState]) -> None:
     Raises:
         InvalidArgumentError: The weight of one of them is stored so.
     """
-    stored = [name for name, layer in layers.items() if _in_8_bits(layer.weight) and not layer.is_compact]
+    stored = [name for name, layer in layers.items() if in_8_bits(layer.weight) and not layer.is_compact]
     if stored:
         dtype = str(layers[stored[0]].weight.dtype).removeprefix("torch.")
         got = f"{len(stored)} layers (first {stored[0]}) whose weights layerwise casting stores in {dtype}"
         raise InvalidArgumentError(op, "pipe_or_module", got, "a model from before that: call it before enable_layerwise_casting")
 
 
-def _in_8_bits(weight: Tensor) -> bool:
+def in_8_bits(weight: Tensor) -> bool:
+    """Whether it is stored so."""
     return weight.dtype.itemsize == 1

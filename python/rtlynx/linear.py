@@ -20,6 +20,7 @@ from rtlynx.fp8 import check_values_scale, dequantized_weight
 from rtlynx.layer_call import DenseCall, LayerCall
 from rtlynx.layer_shapes import check_compensation
 from rtlynx.layer_state import LayerState
+from rtlynx.layerwise_casting import in_8_bits
 from rtlynx.least_tokens import least_tokens
 from rtlynx.reference import E4M3, Activation, activated
 from rtlynx.take_over import take_over
@@ -164,6 +165,8 @@ class SparseLinear(LayerState):
     ) -> None:
         """Replace the compensation. Tensors are copied to the weight's dtype and device (`shift`: float32, `permutation`: int64).
 
+        While layerwise casting stores the weight in 8 bits, branch and bias keep their dtypes until the layer is called.
+
         Args:
             comp_down: ``(K, r)``, r a multiple of 16 up to 128; None for no branch. Rows are in the order of the gathered input.
             comp_up: ``(N, r)``, given exactly if `comp_down` is.
@@ -193,15 +196,20 @@ class SparseLinear(LayerState):
             values_scale=values_scale,
         )
 
-        def parameter(value: Tensor | None) -> nn.Parameter | None:
-            return None if value is None else nn.Parameter(value.detach().to(self.weight, copy=True).contiguous(), requires_grad=False)
+        weight = self.weight
+
+        def parameter(value: Tensor | None, small: bool = True) -> nn.Parameter | None:
+            if value is None:
+                return None
+            dtype = value.dtype if small and in_8_bits(weight) else weight.dtype
+            return nn.Parameter(value.detach().to(weight.device, dtype, copy=True).contiguous(), requires_grad=False)
 
         self.comp_down, self.comp_up = parameter(comp_down), parameter(comp_up)
         self.shift = None if shift is None else shift.detach().to(self.weight.device, torch.float32, copy=True)
         self.permutation = None if permutation is None else permutation.detach().to(self.weight.device, torch.int64, copy=True)
         if sparse_weight is None and self.permutation is not None:
             sparse_weight = in_order(self)
-        self.sparse_weight = parameter(sparse_weight)
+        self.sparse_weight = parameter(sparse_weight, small=False)
         if comp_bias is None and self.shift is not None:
             comp_bias = bias_of_shift(self)
         self.comp_bias = parameter(comp_bias)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,3 +25,11 @@ def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(fusion, "eager", lambda x: not torch.compiler.is_compiling())
     monkeypatch.setattr(rotary, "rotated", watching)
     return seen
+
+
+@pytest.fixture
+def others_warnings_are_not_ours() -> Iterator[None]:
+    """Those of what a pipeline is made of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(diffusers|peft|transformers|torch)\b.*")
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,9 +12,13 @@ from diffusers import WanTransformer3DModel, hooks
 from torch import Tensor, nn
 
 import rtlynx
+from more_pipelines import PIPELINES, draw
+from rtlynx import SparsityConfig
 from rtlynx.eligibility import sparse_layers
+from rtlynx.evaluate.trajectory import Trajectory
 from sparse_models import MODELS, sparse
 from tiny_models import output, relative_error
+from tiny_pipelines import flux_pipeline, sample, sample_guided, wan_pipeline
 
 STEPS = 4
 NOW = [900]
@@ -116,3 +121,47 @@ def test_faster_cache_halves_a_doubled_batch() -> None:
     model.disable_cache()
     model.enable_cache(cache())
     torch.testing.assert_close(steps(model, inputs)[0], want, rtol=1e-4, atol=1e-4)
+
+
+def eight_steps(family: str) -> tuple[Callable[[], Any], Callable[[Any], Tensor]]:
+    whole = PIPELINES[family]
+    return whole.make, lambda pipe: draw(pipe, {**whole.arguments(), "num_inference_steps": 8})
+
+
+RUNS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor], float, int, int]] = {
+    "flux": (flux_pipeline, lambda pipe: sample(pipe, num_inference_steps=8), 0.6, 8, 2 * 2),
+    "wan": (wan_pipeline, lambda pipe: sample_guided(pipe, num_inference_steps=8), 0.25, 7, 7),
+    "hunyuan_video": (*eight_steps("hunyuan_video"), 0.6, 4 + 8, 2 * 3),
+    "ltx": (*eight_steps("ltx"), 0.25, 7, 7),
+}
+"""Family → its pipeline, eight steps of it, a threshold, and how often a call selects: up to the end of the first block, and after it."""
+
+
+@pytest.mark.usefixtures("others_warnings_are_not_ours")
+@pytest.mark.parametrize("family", RUNS)
+def test_first_block_cache_skips_some_steps_of_a_run(family: str, selections: list[Tensor]) -> None:
+    make, drawn, threshold, first, rest = RUNS[family]
+    cache = hooks.FirstBlockCacheConfig(threshold=threshold)
+    pipe, seen, starts = rtlynx.apply(make(), SparsityConfig(rank=16)), Trajectory(), []
+    without = drawn(pipe)
+    pipe.transformer.enable_cache(cache)
+    handle = pipe.transformer.register_forward_pre_hook(lambda *_: starts.append(len(selections)))
+    with seen.recording(pipe.transformer):
+        got = drawn(pipe)
+    handle.remove()
+    selected = [after - before for before, after in pairwise([*starts, len(selections)])]
+    assert torch.equal(drawn(pipe), got)  # nothing is left over from the run before
+    assert 1e-4 < relative_error(got, without) < 0.02  # measured, from 0.0008 to 0.007
+
+    pipe.transformer.disable_cache()
+    with torch.no_grad():
+        whole = [torch.equal(pipe.transformer(**inputs)[0], answer) for _, inputs, answer in seen.calls]
+    assert selected == [first + rest if each else first for each in whole]
+    assert True in whole[whole.index(False) :]  # one that is skipped, and a later one that is not
+
+    dense = make()
+    for each in (dense, pipe):
+        each.transformer.enable_cache(cache)
+    for layer in sparse_layers(pipe.transformer).values():
+        layer.dense = True
+    torch.testing.assert_close(drawn(pipe), drawn(dense), rtol=1e-4, atol=1e-4)

@@ -121,6 +121,7 @@ def test_weights_stored_in_fp8(family: str, precision: str) -> None:
     layer = last_sparse(model)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     assert layer.weight.dtype == torch.float8_e4m3fn
+    assert layer.comp_down.dtype == layer.comp_up.dtype == torch.bfloat16
     got = output(model, inputs)
     assert got.dtype == torch.bfloat16 and 0 < relative_error(got, want) < 0.3
     assert layer.weight.dtype == torch.float8_e4m3fn

@@ -60,7 +60,7 @@ def test_selections_of_a_forward(family: str, selections: list[Tensor]) -> None:
     assert len(selections) == SELECTIONS[family] + ALL[family].sparse_layers
 
 
-@pytest.mark.parametrize("family", ["flux", "pixart", "wan"])  # those that diffusers can fuse
+@pytest.mark.parametrize("family", ["flux", "flux2", "pixart", "wan"])  # those that diffusers can fuse
 @pytest.mark.parametrize("options", [{}, {"selection": "weight"}, {"precision": "fp8"}], ids=str)
 @pytest.mark.parametrize("order", [None, free, in_windows], ids=["plain", "free", "windows"])
 def test_fused_projections_stay_sparse(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 import rtlynx
-from full_size_models import CASES, Case
+from full_size_models import CASES
+from pinned_layers import FOLDER, Layer, changes, folded, found, pinned, unfolded
 from rtlynx import SparseLinear
 from rtlynx.patterns import first_match
 from rtlynx.recipes import GENERIC, find_recipe
@@ -23,32 +22,40 @@ from tiny_models import NEIGHBOURS, TINY, Tiny, output, relative_error
 
 
 @pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")  # diffusers' own, in Chroma
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_full_size_models(case: Case) -> None:
-    with torch.device("meta"):
-        model = getattr(diffusers, case.cls)(**case.config)
-    assert find_recipe(model).name == case.recipe
-    got: dict[str, Counter[tuple[str, int, int]]] = {}
-    summary = rtlynx.summary(rtlynx.apply(model))
-    for row in summary:
-        name = re.sub(r"\.\d+\.", ".*.", row.name, count=1)
-        got.setdefault("sparse" if row.sparse else row.reason, Counter())[name, row.in_features, row.out_features] += 1
-    expected = {
-        "sparse": case.sparse,
-        "sees one row per sample, not one per token: nothing to gain": case.per_sample,
-        "where tokens enter or leave the model: little to gain, much to lose": case.ends,
-        f"not named by the {case.recipe} recipe": case.unnamed,
-    }
-    assert got == {reason: named for reason, named in expected.items() if named}
+@pytest.mark.parametrize("name", CASES)
+def test_every_layer_of_full_size_models(name: str) -> None:
+    case = CASES[name]
+    model = case.on_meta()
+    linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    recipe, summary = find_recipe(model), rtlynx.summary(rtlynx.apply(model))
+    assert recipe.name == case.recipe
+    assert sorted(pinned(name)) == sorted(found(summary)), changes(name, found(summary))
+    assert [row.name for row in summary] == linear
     assert summary.sparse_flops_share > 0.96  # Chroma has its guidance, PixArt is small
-    for skip in find_recipe(model).paper_skip:
+    for skip in recipe.paper_skip:
         assert any(first_match(row.name, [skip]) for row in summary if row.sparse), f"{skip} names no sparse layer"
 
 
+def test_every_full_size_model_has_its_file() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == {f"{name}.txt" for name in CASES}
+
+
+def test_a_line_stands_for_blocks_that_are_alike_and_follow_each_other() -> None:
+    layers = [Layer(f"blocks.{i}.ff.net.2", 64, 64 if i < 3 else 128, "") for i in (0, 1, 2, 3, 5, 6)]
+    layers.insert(1, Layer("blocks.0.norm", 64, 8, "one row"))
+    lines = folded(layers)
+    assert lines == [
+        "sparse    64 → 64     blocks.{0..2}.ff.net.2",
+        "dense     64 → 8      blocks.0.norm: one row",
+        "sparse    64 → 128    blocks.3.ff.net.2",
+        "sparse    64 → 128    blocks.{5..6}.ff.net.2",
+    ]
+    assert sorted(unfolded(lines)) == sorted(layers)
+
+
 def test_generic_patterns_find_what_the_recipes_find() -> None:
-    for case in CASES.values():
-        missing = [name for name, _, _ in case.sparse if not first_match(name.replace("*", "0"), GENERIC.include)]
-        assert not missing, case.cls
+    sparse = {layer.name for name in CASES for layer in pinned(name) if not layer.why_dense}
+    assert not [name for name in sparse if not first_match(name, GENERIC.include)]
 
 
 OTHERS = NEIGHBOURS | FAMILIES | WITHOUT_RECIPE
