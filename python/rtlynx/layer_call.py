@@ -8,7 +8,7 @@ too few tokens, that it had is remembered: small models, which wait for the host
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +163,20 @@ class LayerCall:
         for tensor in inputs:
             if tensor is not None and (tensor.dtype is not self._dtype or tensor.get_device() != self._device):
                 return False
-        return direct(*inputs) and _read(layer) == self._read
+        return direct(*inputs) and self._reads(layer, inputs[0])
+
+    def _reads(self, layer: SparseLinear, input: Tensor | None) -> bool:
+        """Whether the layer is as it was, wherever its weight is now: layerwise casting makes that anew for every call."""
+        read = _read(layer)
+        if read == self._read:
+            return True
+        if input is None or read is None or self._read is None or _but_for_places(read) != _but_for_places(self._read):
+            return False
+        moved = LayerCall.after(layer, input)
+        if moved is None:
+            return False
+        self._core, self._read = moved._core, moved._read
+        return True
 
     def _workspace(self, like: Tensor, m: int) -> Tensor:
         return like.new_empty(self._core.workspace_bytes(m) // like.element_size())
@@ -243,6 +256,12 @@ def _read(layer: SparseLinear) -> tuple[object, ...] | None:
         # The sum of two biases serves until one of them is written to.
         None if output_bias is None else (output_bias.data_ptr(), bias._version, comp_bias._version),  # type: ignore[union-attr]
     )
+
+
+def _but_for_places(read: tuple[Any, ...]) -> tuple[object, ...]:
+    """What was read of a layer, without the addresses of its parameters and what follows from them."""
+    options, parameters, buffers, output_bias = read[:5], read[5:11], read[11:17], read[17]
+    return options, [place and place[1:] for place in parameters], buffers, output_bias is None
 
 
 def _packed(tensor: Tensor) -> bool:

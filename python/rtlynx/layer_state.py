@@ -284,7 +284,8 @@ class LayerState(nn.Linear):
                 setattr(self, name, old.to(new.device))
         if any(buffers.get(name) is not None for name in ("shift", "score", "permutation")):
             self._tie()  # a buffer that moved is another object
-        self.update_output_bias()
+        if self._parameters.get("comp_bias") is not None:
+            self.update_output_bias()
         return self
 
     def _but_for_dtype(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -294,18 +295,21 @@ class LayerState(nn.Linear):
         layerwise casting is not to round to 8 bits: it is small, makes up for what is rounded, and would be cast in every call.
         """
         parameters = self._parameters
-        kept = [parameters.get("weight")] if self.is_compact else []
+        weight = parameters.get("weight") if self.is_compact else None
         small = [tensor for name in ("comp_down", "comp_up", "comp_bias") if (tensor := parameters.get(name)) is not None]
-        if small and in_8_bits(fn(small[0].detach().new_empty(0))):
-            kept += small
-        if not kept:
+        like = fn(small[0].detach().new_empty(0)) if small else None
+        if like is None or not in_8_bits(like):
+            small = []
+        if weight is None and not small:
             return fn
 
         def applied(tensor: Tensor) -> Tensor:
-            if not any(tensor is each for each in kept):
+            if like is not None and any(tensor is each for each in small):
+                return tensor.to(like.device)
+            if tensor is not weight:
                 return fn(tensor)
-            like = fn(tensor.detach().new_empty(0))
-            return fn(tensor) if like.dtype == tensor.dtype else tensor.to(like.device)
+            of_weight = fn(tensor.detach().new_empty(0))
+            return fn(tensor) if of_weight.dtype == tensor.dtype else tensor.to(of_weight.device)
 
         return applied
 

@@ -148,6 +148,19 @@ def test_a_changed_layer_takes_the_long_way(core: SimpleNamespace, change: str) 
     assert call(layer, x) is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["moved", "replaced", "transposed", "smaller_branch", "stored_in_fp8", "wrapped", "scale", "score"])
+def test_a_layer_that_only_moved_is_read_where_it_is_now(core: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setattr(LayerCall, "after", lambda layer, input: LayerCall(layer, input, core))
+    layer, x = layer_of(), inputs()
+    call = LayerCall(layer, x, core)
+    CHANGES[change](layer)
+    output = call(layer, x)
+    assert (output is not None) == (change in ("moved", "replaced"))
+    if output is not None:
+        assert layer.weight.data_ptr() in call._core.made_with and [name for name, *_ in call._core.calls] == ["run"]
+
+
 def test_calls_with_gradients_take_the_long_way(core: SimpleNamespace) -> None:
     layer, x = layer_of(), inputs()
     call = LayerCall(layer, x, core)

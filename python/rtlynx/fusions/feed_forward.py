@@ -33,8 +33,9 @@ class FeedForward(attention.FeedForward):
         fusion = None if args or kwargs or _was_dense(self, hidden_states) else FeedForward.fusion(self)
         if fusion is None or not fusion.pays(hidden_states.shape[:-1].numel(), hidden_states.device):
             return _forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        output = _activated_output(self, fusion, hidden_states)
-        for module in self.net[3:]:
+        first, _, _, *others = self.net  # a slice of it would be a module of its own, which takes as long to make as two launches
+        output = _activated_output(first, fusion, hidden_states)
+        for module in others:
             output = module(output)
         return output
 
@@ -48,18 +49,20 @@ def add_gated_output(residual: Tensor, gate: Tensor, ff: Any, x: Tensor) -> Tens
         ff: A feed-forward of a model with fusions, diffusers' or another.
         x: ``(B, S, C)``.
     """
-    known = plain(ff, FeedForward) and not _was_dense(ff, x) and all(map(inactive, ff.net[3:]))
-    fusion: Fusion | None = ff.fusion() if known else None
+    fusion: Fusion | None = ff.fusion() if plain(ff, FeedForward) and not _was_dense(ff, x) else None
     if fusion is None or gate.dim() != 2 or not fusion.pays(x.shape[:-1].numel(), x.device):
         return add_gated(residual, gate, ff(x))
-    return _activated_output(ff, fusion, x, residual, gate.type_as(residual))
+    first, _, _, *others = ff.net
+    if not all(map(inactive, others)):
+        return add_gated(residual, gate, ff(x))
+    return _activated_output(first, fusion, x, residual, gate.type_as(residual))
 
 
 def _activated_output(
-    ff: Any, fusion: Fusion, hidden_states: Tensor, residual: Tensor | None = None, residual_gate: Tensor | None = None
+    first: Any, fusion: Fusion, hidden_states: Tensor, residual: Tensor | None = None, residual_gate: Tensor | None = None
 ) -> Tensor:
     """Both linears, and what the second one takes in before it and after it."""
-    x, gate = ff.net[0].proj(hidden_states), None
+    x, gate = first.proj(hidden_states), None
     if fusion.activation == "silu_gate":
         gate, x = x.chunk(2, dim=-1)
     return fusion.layer.select_activated(x, fusion.activation, gate, residual=residual, residual_gate=residual_gate)
