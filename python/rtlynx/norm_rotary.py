@@ -15,7 +15,7 @@ from rtlynx import checks, launch, ops, reference_rotary  # noqa: F401 - `ops` d
 from rtlynx.direct import direct
 from rtlynx.errors import InvalidArgumentError
 
-__all__ = ["MAX_HEAD_DIM", "available", "norm_rotary"]
+__all__ = ["MAX_HEAD_DIM", "available", "norm_rotary", "takes"]
 
 MAX_HEAD_DIM = 256
 """The most channels of a head: what a warp takes, 8 a lane."""
@@ -79,6 +79,11 @@ def available(device: torch.device) -> bool:
 torch.compiler.assume_constant_result(available)  # marks it: a compiled block holds the answer
 
 
+def takes(dim: int) -> bool:
+    """Whether heads may have so many channels."""
+    return 0 < dim <= MAX_HEAD_DIM and dim % DIM_MULTIPLE == 0
+
+
 def _refuse_gradients() -> NoReturn:
     raise InvalidArgumentError(_OP, "x", "a call that wants gradients", "one without: it has none; norm and rotate by torch's operations")
 
@@ -98,7 +103,7 @@ def _check(
         raise InvalidArgumentError(_OP, "x", f"{x.dim()} dimensions", "4 dimensions (B, S, H, D)")
     checks.check_dtype(_OP, "x", x.dtype, x.device)
     samples, tokens, heads, dim = x.shape
-    if dim % DIM_MULTIPLE or not 0 < dim <= MAX_HEAD_DIM:
+    if not takes(dim):
         raise InvalidArgumentError(_OP, "x", f"D = {dim}", f"D a multiple of {DIM_MULTIPLE}, from {DIM_MULTIPLE} to {MAX_HEAD_DIM}")
     if first is not None:
         checks.check(_OP, "first", first, (samples, None, heads, dim), x.dtype, x.device)
