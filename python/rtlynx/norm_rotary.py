@@ -14,6 +14,7 @@ from torch import Tensor
 from rtlynx import checks, launch, ops, reference_rotary  # noqa: F401 - `ops` defines the library of which this is a fragment
 from rtlynx.direct import direct
 from rtlynx.errors import InvalidArgumentError
+from rtlynx.inductor import teach_norm_rotary
 
 __all__ = ["MAX_HEAD_DIM", "available", "norm_rotary", "takes"]
 
@@ -126,6 +127,7 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    teach_norm_rotary()
     samples, _, heads, dim = x.shape
     return x.new_empty(samples, _check(x, *arguments), heads, dim)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
 from rtlynx import InvalidArgumentError, _core, launch, norm_rotary
 from rtlynx.norm_rotary import MAX_HEAD_DIM
@@ -182,3 +183,24 @@ def test_there_may_be_no_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched(monkeypatch, x=torch.zeros(2, 0, 3, 32).half(), first=None) is None
     one = launched(monkeypatch, x=torch.zeros(1, 1, 1, 33).half()[..., :32], first=None)
     assert one is not None and one[8] == (0, 0, 0)  # of one there is no stride
+
+
+# ---- by inductor -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_compiled_code_writes_into_memory_of_inductor(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    what = given(dtype=torch.bfloat16)
+    fused, cos, sin = torch.randn(2, 5, 3 * 96).bfloat16(), torch.randn(8, 32), torch.randn(8, 32)
+
+    def forward(fused: Tensor, cos: Tensor, sin: Tensor, first: Tensor) -> Tensor:
+        x = fused.chunk(3, -1)[1].unflatten(-1, (3, 32))
+        out = op(x, cos[:, ::2], sin[:, ::2], what["weight"], 1e-5, first + 1, what["first_weight"], 1e-3)
+        return out + op(2 * x, cos[3:, ::2], sin[3:, ::2])[:, :1]
+
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        got, (code,) = run_and_get_code(torch.compile(forward, fullgraph=True, dynamic=dynamic), fused, cos, sin, what["first"])
+    assert code.count("rtlynx_into.norm_rotary_cpu(") == 2 and "rtlynx.norm_rotary.default(" not in code
+    torch.testing.assert_close(got, forward(fused, cos, sin, what["first"]), rtol=2e-2, atol=2e-2)
