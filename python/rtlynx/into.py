@@ -1,4 +1,4 @@
-"""The ops as compiled code calls them: ``rtlynx::sparsify_into``, ``sparse_linear_into`` and ``norm_rotary_into`` write into memory that is there.
+"""Ops as compiled code calls them: ``rtlynx::sparsify_into``, ``sparse_linear_into``, ``norm_rotary_into`` write into memory that is there.
 
 `rtlynx.inductor` puts them in the place of `rtlynx.ops`' when it lowers a graph. The arguments were checked while it was traced, and the
 outputs are inductor's, which plans memory better than an allocation in every call: what is left is the launch. Without gradients, and

@@ -1,4 +1,4 @@
-"""What a block does to queries, and to keys, between projection and attention: ``rtlynx::norm_rotary``, RMS norm, concatenation and rotation.
+"""What a block does to queries and keys between projection and attention, norm, concatenation and rotation: ``rtlynx::norm_rotary``.
 
 On a GPU it is one kernel that reads its input once and writes once; CPU tensors run `rtlynx.reference_rotary`. Traced by ``torch.compile``.
 It has no gradients.
@@ -27,7 +27,8 @@ _OP = "norm_rotary"
 
 _library = torch.library.Library("rtlynx", "FRAGMENT")
 _library.define(
-    "norm_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? weight, float eps, Tensor? first, Tensor? first_weight, float first_eps) -> Tensor"
+    "norm_rotary(Tensor x, Tensor cos, Tensor sin, Tensor? weight, float eps, Tensor? first, Tensor? first_weight, float first_eps)"
+    " -> Tensor"
 )
 
 
@@ -135,7 +136,7 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     samples, _, heads, dim = x.shape
     out = x.new_empty(samples, _check(x, *arguments), heads, dim)
-    launch.norm_rotary(x, *arguments, out)
+    launch.norm_rotary(x, *arguments, out)  # type: ignore[call-arg]  # mypy cannot count them
     return out
 
 

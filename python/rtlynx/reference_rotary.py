@@ -1,4 +1,4 @@
-"""The semantics of ``rtlynx::norm_rotary`` in plain torch: the CPU implementation and the oracle of the kernel's tests, as `rtlynx.reference`."""
+"""The semantics of ``rtlynx::norm_rotary`` in plain torch: as `rtlynx.reference`, the CPU implementation and the oracle of the tests."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the functions that save passes between layers ran; of `rtlynx.norm_rotary` it is the launch, which compiled code does too."""
+    """Which of the functions that save passes between layers ran; of `rtlynx.norm_rotary` the launch, which compiled code calls too."""
     seen: list[str] = []
 
     def watch(module: Any, name: str) -> None:

@@ -35,7 +35,13 @@ def heads_of(samples: int, tokens: int, heads: int, dim: int, dtype: torch.dtype
 
 def given(samples: int, tokens: int, first_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     freqs = angles(first_tokens + tokens, dim)
-    what = {"x": heads_of(samples, tokens, heads, dim, dtype), "cos": freqs.real, "sin": freqs.imag, "weight": weight_of(dim, dtype), "eps": 1e-5}
+    what = {
+        "x": heads_of(samples, tokens, heads, dim, dtype),
+        "cos": freqs.real,
+        "sin": freqs.imag,
+        "weight": weight_of(dim, dtype),
+        "eps": 1e-5,
+    }
     if first_tokens:
         what |= {"first": heads_of(samples, first_tokens, heads, dim, dtype), "first_weight": weight_of(dim, dtype), "first_eps": 1e-2}
     return what
@@ -46,7 +52,7 @@ def assert_same(got: Tensor, want: Tensor) -> None:
     assert got.dtype == want.dtype and got.shape == want.shape and got.is_contiguous() and not got.isnan().any()
     pairs = want.double().unflatten(-1, (-1, 2))
     size = pairs.norm(dim=-1, keepdim=True).expand_as(pairs).flatten(-2)  # that of what was rounded before it was rotated
-    assert ((got.double() - want.double()).abs() <= 2 * torch.finfo(want.dtype).eps * size).all()
+    assert ((got.double() - want.double()).abs() <= 3 * torch.finfo(want.dtype).eps * size + 1e-6).all()
     if want.numel() > 10000:
         assert (got != want).double().mean() < 0.02
 

@@ -1,4 +1,4 @@
-"""Queries and keys normed, concatenated and rotated by one op, eager and compiled: the same results, and what was done before where it must be."""
+"""Queries and keys normed, concatenated and rotated by one op, eager and compiled: the same results; other ways where it must be."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ NAMES = (
 
 
 def is_written_here(attention: nn.Module, x: Tensor, text: Tensor, embedding: Any) -> bool:
-    """Whether a call of it may be `attended` and `fusion.add_projected`: without gradients, nothing about it changed, eager or `rotary.in_one_pass`.
+    """Whether a call of it may be `attended` and `fusion.add_projected`: without gradients, nothing about it changed.
+
+    Eager it is on every GPU, compiled where the rotation is `rotary.in_one_pass`.
 
     Args:
         attention: A block's.
@@ -42,7 +44,7 @@ def is_written_here(attention: nn.Module, x: Tensor, text: Tensor, embedding: An
         return False
     if torch.is_grad_enabled() or not isinstance(embedding, tuple) or len(embedding) != 2:
         return False
-    channels = attention.inner_dim // attention.heads  # type: ignore[operator]
+    channels: int = attention.inner_dim // attention.heads  # type: ignore[assignment, operator]
     queries, keys = _norms(attention)
     if not fusion.eager(x) and not rotary.in_one_pass(x, channels, *queries, *keys):
         return False

@@ -1,7 +1,7 @@
 """What diffusers does to queries and keys between projection and attention, norm, concatenation and rotary embedding, in one pass or a few.
 
-On a GPU that has the kernel all of it is one op, `rtlynx.norm_rotary`, eager and compiled. Where the norm is more than a norm or does not fit,
-eager code takes a third of the passes of diffusers'. A pair of channels is a complex number, and to rotate it is one product::
+On a GPU that has the kernel all of it is one op, `rtlynx.norm_rotary`, eager and compiled. Where the norm is more than a norm, or does not
+fit, eager code takes a third of diffusers' passes. A pair of channels is a complex number, and to rotate it is one product::
 
     diffusers:  neg → stack → float            here:  float → · (cos + i sin) → dtype
                        float · cos + … · sin → dtype
@@ -70,7 +70,9 @@ def _is_rms_norm(norm: Any, x: Tensor, channels: int) -> bool:
     else:
         return False
     weight = norm.weight
-    return tuple(over) == (channels,) and norm.eps is not None and weight is not None and (weight.dtype, weight.device) == (x.dtype, x.device)
+    return (
+        tuple(over) == (channels,) and norm.eps is not None and weight is not None and (weight.dtype, weight.device) == (x.dtype, x.device)
+    )
 
 
 def normed_and_rotated(heads: Sequence[Normed], embedding: Embedding) -> list[Tensor]:
@@ -97,7 +99,7 @@ def normed_and_rotated(heads: Sequence[Normed], embedding: Embedding) -> list[Te
 def _in_one_pass(parts: Sequence[Tensor], normed_by: Sequence[nn.Module | None], cos: Tensor, sin: Tensor) -> Tensor:
     weights = [(None, 0.0) if norm is None else (norm.weight, norm.eps) for norm in normed_by]
     first, first_norm = (parts[0], weights[0]) if len(parts) == 2 else (None, (None, 0.0))
-    return norm_rotary.norm_rotary(parts[-1], cos, sin, *weights[-1], first, *first_norm)  # type: ignore[arg-type]
+    return norm_rotary.norm_rotary(parts[-1], cos, sin, *weights[-1], first, *first_norm)  # type: ignore[call-arg]  # mypy cannot count them
 
 
 def _angles(embedding: Embedding) -> tuple[Tensor, Tensor]:
