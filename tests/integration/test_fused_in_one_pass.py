@@ -201,3 +201,17 @@ def test_compiled_with_gradients_it_is_as_before(family: str, in_one_pass: list[
     model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(gradient(), want, rtol=1e-4, atol=1e-6)
     assert not in_one_pass
+
+
+@torch.no_grad()
+def test_exported(in_one_pass: list[int]) -> None:
+    model, inputs = sparse("flux")
+    block, seen = model.transformer_blocks[0], []
+    handle = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    output(model, inputs)
+    handle.remove()
+    ((args, kwargs),) = seen
+    exported = torch.export.export(block, args, kwargs)
+    assert sum("rtlynx.norm_rotary" in str(node.target) for node in exported.graph.nodes) == 2
+    for got, want in zip(exported.module()(*args, **kwargs), block(*args, **kwargs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -46,7 +46,7 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
         streams = hidden_states, encoder_hidden_states
         attends = not joint_attention_kwargs and qwen_image_attention.is_written_here(self.attn, *streams, image_rotary_emb)
         ready = (attends or norms.one_kernel(hidden_states)) and not self.zero_cond_t and modulate_index is None
-        if not ready or len(temb) != len(hidden_states):
+        if not ready or temb.shape[0] != hidden_states.shape[0]:
             return _forward(  # type: ignore[no-any-return]
                 self,
                 hidden_states,

@@ -89,7 +89,7 @@ def normed_and_rotated(heads: Sequence[Normed], embedding: Embedding) -> list[Te
     parts = [part for parts, _ in heads for part in parts]
     normed_by = [norm for _, norms in heads for norm in norms]
     cos, sin = _angles(embedding)
-    fits = all(part.dtype == x.dtype for part in parts) and all(len(cos) == sum(part.shape[1] for part in parts) for parts, _ in heads)
+    fits = all(part.dtype == x.dtype for part in parts) and all(cos.shape[0] == sum(part.shape[1] for part in parts) for parts, _ in heads)
     if fits and max(len(parts) for parts, _ in heads) <= 2 and in_one_pass(x, x.shape[-1], *normed_by):
         return [_in_one_pass(*each, cos, sin) for each in heads]
     by = rotation(embedding)
