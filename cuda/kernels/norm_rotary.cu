@@ -23,7 +23,7 @@ constexpr int kInFlight = 4;  // loads of a lane
 // What a lane knows of its channels.
 struct Lane {
   float cos[kVector / 2], sin[kVector / 2];
-  uint4 weight;
+  uint4 weight;  // ones where there is no norm
   bool normed;
 };
 
@@ -36,14 +36,11 @@ __device__ __forceinline__ float squares(const uint4& vector) {
   return sum;
 }
 
-// One pair: normed and rounded as torch's norm does, then rotated and rounded.
+// One pair: normed and rounded as torch's norm does, then rotated and rounded. A weight and an rstd of 1 leave it as it is.
 template <class T>
-__device__ __forceinline__ uint32_t turned(uint32_t pair, uint32_t weight, float rstd, bool normed, float cos, float sin) {
-  float2 x = T::unpack(pair);
-  if (normed) {
-    const float2 w = T::unpack(weight);
-    x = T::unpack(T::pack(w.x * (rstd * x.x), w.y * (rstd * x.y)));
-  }
+__device__ __forceinline__ uint32_t turned(uint32_t pair, uint32_t weight, float rstd, float cos, float sin) {
+  const float2 read = T::unpack(pair), w = T::unpack(weight);
+  const float2 x = T::unpack(T::pack(w.x * (rstd * read.x), w.y * (rstd * read.y)));
   return T::pack(x.x * cos - x.y * sin, x.x * sin + x.y * cos);
 }
 
@@ -56,16 +53,18 @@ __device__ __forceinline__ void norm_rotary(const NormRotaryParams& p) {
   const int sample = row / length, token = row % length;
   const bool of_first = token < p.first_tokens;
 
-  Lane lane = {};
-  float eps = of_first ? p.first_eps : p.eps;
+  const uint32_t ones = T::pack(1.0f, 1.0f);
+  Lane lane = {{}, {}, {ones, ones, ones, ones}, false};
+  const float eps = of_first ? p.first_eps : p.eps, share = __fdividef(1.0f, p.dim);
+  const int first_head = blockIdx.y * kHeads;
   const uint16_t* from = nullptr;
   int64_t head_stride = 0;
   if (there) {
     const int64_t at = token, of = sample;
     from = of_first ? static_cast<const uint16_t*>(p.first) + of * p.first_sample_stride + at * p.first_token_stride
                     : static_cast<const uint16_t*>(p.x) + of * p.sample_stride + (at - p.first_tokens) * p.token_stride;
-    from += column;
     head_stride = of_first ? p.first_head_stride : p.head_stride;
+    from += first_head * head_stride + column;
     const auto* weight = static_cast<const uint16_t*>(of_first ? p.first_weight : p.weight);
     lane.normed = weight != nullptr;
     if (lane.normed) lane.weight = __ldg(reinterpret_cast<const uint4*>(weight + column));
@@ -77,15 +76,16 @@ __device__ __forceinline__ void norm_rotary(const NormRotaryParams& p) {
     }
   }
 
-  uint16_t* to = static_cast<uint16_t*>(p.out) + static_cast<int64_t>(row) * p.heads * p.dim + column;
-  const int first_head = blockIdx.y * kHeads, end = min(first_head + kHeads, p.heads);
-  for (int head = first_head; head < end; head += kInFlight) {  // the same heads in all lanes of a block
+  uint16_t* to = static_cast<uint16_t*>(p.out) + (static_cast<int64_t>(row) * p.heads + first_head) * p.dim + column;
+  for (int left = min(kHeads, p.heads - first_head); left > 0; left -= kInFlight) {  // the same in all lanes of a block
+    const int mine = there ? left : 0;
     uint4 x[kInFlight];
     float sums[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       x[j] = {};
-      if (there && head + j < end) x[j] = __ldg(reinterpret_cast<const uint4*>(from + (head + j) * head_stride));
+      if (j < mine) x[j] = __ldg(reinterpret_cast<const uint4*>(from));
+      from += head_stride;
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -95,12 +95,13 @@ __device__ __forceinline__ void norm_rotary(const NormRotaryParams& p) {
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const float rstd = rsqrtf(sums[j] / p.dim + eps);
-      const uint4 turned_vector = {turned<T>(x[j].x, lane.weight.x, rstd, lane.normed, lane.cos[0], lane.sin[0]),
-                                   turned<T>(x[j].y, lane.weight.y, rstd, lane.normed, lane.cos[1], lane.sin[1]),
-                                   turned<T>(x[j].z, lane.weight.z, rstd, lane.normed, lane.cos[2], lane.sin[2]),
-                                   turned<T>(x[j].w, lane.weight.w, rstd, lane.normed, lane.cos[3], lane.sin[3])};
-      if (there && head + j < end) *reinterpret_cast<uint4*>(to + static_cast<int64_t>(head + j) * p.dim) = turned_vector;
+      const float rstd = lane.normed ? rsqrtf(sums[j] * share + eps) : 1.0f;
+      const uint4 vector = make_uint4(turned<T>(x[j].x, lane.weight.x, rstd, lane.cos[0], lane.sin[0]),
+                                      turned<T>(x[j].y, lane.weight.y, rstd, lane.cos[1], lane.sin[1]),
+                                      turned<T>(x[j].z, lane.weight.z, rstd, lane.cos[2], lane.sin[2]),
+                                      turned<T>(x[j].w, lane.weight.w, rstd, lane.cos[3], lane.sin[3]));
+      if (j < mine) __stwb(reinterpret_cast<uint4*>(to), vector);  // as an assignment it becomes four stores of 4 bytes
+      to += p.dim;
     }
   }
 }
@@ -108,9 +109,9 @@ __device__ __forceinline__ void norm_rotary(const NormRotaryParams& p) {
 }  // namespace
 }  // namespace rtlynx
 
-#define RTLYNX_NORM_ROTARY(name, T, kLanes)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads) name(const __grid_constant__ rtlynx::NormRotaryParams p) { \
-    rtlynx::norm_rotary<rtlynx::T, kLanes>(p);                                                                              \
+#define RTLYNX_NORM_ROTARY(name, T, kLanes)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(rtlynx::kThreads, 4) name(const __grid_constant__ rtlynx::NormRotaryParams p) { \
+    rtlynx::norm_rotary<rtlynx::T, kLanes>(p);                                                                                 \
   }
 
 // Of up to 64, 128 and 256 channels a head.
