@@ -32,6 +32,7 @@ SANITIZED_TESTS = {
     "sparsify": 8,
     "places": 4,
     "sparsify_norm": 3,
+    "norm_rotary": 1,
     "sparse_linear": 1,
     "every_kernel": 2,
     "epilogue": 3,
@@ -83,7 +84,9 @@ def sanitize(session: nox.Session) -> None:
     """
     install(session, "[dev]")
     sanitizer = compute_sanitizer(session)
-    ours = [option for name in ("sparsify", "row_stats", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")]
+    ours = [
+        option for name in ("sparsify", "row_stats", "norm_rotary", "spmm", "fused", "probe") for option in ("--kernel-name", f"kns={name}")
+    ]
     ops = {name: f"tests/gpu/test_{name}.py" for name in SANITIZED_TESTS}
     # Those that multiply densely too, by torch.
     dense = [

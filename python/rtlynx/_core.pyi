@@ -4,13 +4,14 @@ Device code, dispatch and launch of rtlynx. Private: use `rtlynx.ops` and the la
 
 from typing import Final, SupportsFloat, SupportsIndex, final
 
-__all__ = ["ALIGNMENT", "BLOCK_COLS", "COUNTED_ROWS", "GROUP", "K_MULTIPLE", "MAX_RANK", "N_MULTIPLE", "PADDED_ROWS", "PADDING_WORD", "PIECE", "RANK_MULTIPLE", "TILE_ROWS", "__version__", "Layer", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
+__all__ = ["ALIGNMENT", "BLOCK_COLS", "COUNTED_ROWS", "GROUP", "K_MULTIPLE", "MAX_HEAD_DIM", "MAX_RANK", "N_MULTIPLE", "PADDED_ROWS", "PADDING_WORD", "PIECE", "RANK_MULTIPLE", "TILE_ROWS", "__version__", "Layer", "activations", "candidates", "device_code", "devices", "driver_version", "fused_linear", "gemm_kernel", "least_tokens", "norm_rotary", "plan_sparse_linear", "probe", "row_stats", "set_plan", "sparse_linear", "sparsify", "use_portable_kernels"]
 
 ALIGNMENT: Final[int]
 BLOCK_COLS: Final[int]
 COUNTED_ROWS: Final[int]
 GROUP: Final[int]
 K_MULTIPLE: Final[int]
+MAX_HEAD_DIM: Final[int]
 MAX_RANK: Final[int]
 N_MULTIPLE: Final[int]
 PADDED_ROWS: Final[int]
@@ -94,6 +95,12 @@ def least_tokens(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsI
     memory_gb_s: as `devices` tells it, 4916 for an H200.
 
     0 where nothing has been measured, 2^63 - 1 where it never is. Raises as plan_sparse_linear.
+    """
+
+def norm_rotary(device_index: SupportsIndex, stream: SupportsIndex, dtype: str, samples: SupportsIndex, tokens: SupportsIndex, first_tokens: SupportsIndex, heads: SupportsIndex, dim: SupportsIndex, strides: tuple[SupportsIndex, SupportsIndex, SupportsIndex], first_strides: tuple[SupportsIndex, SupportsIndex, SupportsIndex], angle_strides: tuple[SupportsIndex, SupportsIndex], x: SupportsIndex, first: SupportsIndex, weight: SupportsIndex, first_weight: SupportsIndex, cos: SupportsIndex, sin: SupportsIndex, out: SupportsIndex, eps: SupportsFloat | SupportsIndex, first_eps: SupportsFloat | SupportsIndex) -> None:
+    """
+    Enqueue the norm of every head, where there is a weight, and its rotation, first's tokens before x's. Strides are those of samples, tokens
+    and heads, and of tokens and pairs of the angles. Addresses are `Tensor.data_ptr()`, or 0.
     """
 
 def plan_sparse_linear(capability: tuple[SupportsIndex, SupportsIndex], sms: SupportsIndex, m: SupportsIndex, n: SupportsIndex, k: SupportsIndex, rank: SupportsIndex, dtype: str) -> str:

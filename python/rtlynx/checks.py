@@ -272,3 +272,25 @@ def readable(x: Tensor) -> tuple[Tensor, int, int]:
 
 def _readable(x: Tensor, row: int, column: int, address: int) -> bool:
     return column == 1 and row >= x.shape[1] and row * x.element_size() % ALIGNMENT == 0 and address % ALIGNMENT == 0
+
+
+def readable_heads(x: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
+    """x ``(B, S, H, D)``, or a copy of it that the kernel can read; the strides of its samples, tokens and heads, and its address."""
+    strides, address = _strides_of_heads(x), x.data_ptr()
+    if x.stride(3) != 1 or address % ALIGNMENT or any(stride * x.element_size() % ALIGNMENT for stride in strides):
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides, address = _strides_of_heads(x), x.data_ptr()
+    return x, strides, address
+
+
+def _strides_of_heads(x: Tensor) -> tuple[int, int, int]:
+    """0 where there is only one, whose stride may be anything."""
+    samples, tokens, heads = (stride if size > 1 else 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return samples, tokens, heads
+
+
+def readable_vector(vector: Tensor | None) -> Tensor | None:
+    """A vector, or a copy of it that the kernel can read."""
+    if vector is None or (vector.is_contiguous() and vector.data_ptr() % ALIGNMENT == 0):
+        return vector
+    return vector.clone(memory_format=torch.contiguous_format)

@@ -45,6 +45,21 @@ def teach() -> None:
         _teach()
 
 
+def teach_norm_rotary() -> None:
+    """The same for `rtlynx.norm_rotary`, whose op there is once that is imported."""
+    if "torch._inductor.lowering" in sys.modules:
+        _teach_norm_rotary()
+
+
+@functools.cache
+def _teach_norm_rotary() -> None:
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    op = torch.ops.rtlynx.norm_rotary.default
+    make_fallback(op, warn=False)
+    lowerings[op] = _either(_norm_rotary_into, lowerings[op])
+
+
 @functools.cache
 def _teach() -> None:
     from torch._inductor.lowering import lowerings, make_fallback
@@ -127,6 +142,14 @@ def _sparse_linear_into(
     product = values, metadata, weight, row_scale, branch, comp_up, bias, weight_scale, out
     after = () if activation == "none" and residual is None else (activation, *map(_in_order, (residual, gate)))
     _call(torch.ops.rtlynx.sparse_linear_into.default, *product, *after)
+    return out
+
+
+def _norm_rotary_into(*inputs: Any) -> Any:
+    if not _can_write_into():
+        return None
+    (out,) = _outputs()
+    _call(torch.ops.rtlynx.norm_rotary_into.default, *inputs, out)
     return out
 
 

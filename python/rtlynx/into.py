@@ -1,4 +1,4 @@
-"""The two ops as compiled code calls them: ``rtlynx::sparsify_into`` and ``rtlynx::sparse_linear_into`` write into memory that is there.
+"""Ops as compiled code calls them: ``rtlynx::sparsify_into``, ``sparse_linear_into``, ``norm_rotary_into`` write into memory that is there.
 
 `rtlynx.inductor` puts them in the place of `rtlynx.ops`' when it lowers a graph. The arguments were checked while it was traced, and the
 outputs are inductor's, which plans memory better than an allocation in every call: what is left is the launch. Without gradients, and
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rtlynx import launch, reference
+from rtlynx import launch, reference, reference_rotary
 
 # New arguments come last, with defaults, in the schemas and in the functions behind them, and no name of `FUNCTIONS` goes away. Code that
 # inductor has cached calls what there was when it was compiled: the key of its cache holds the versions of torch and triton, not rtlynx's.
@@ -25,6 +25,10 @@ _library.define(
 _library.define(
     "sparse_linear_into(Tensor values, Tensor metadata, Tensor weight, Tensor? row_scale, Tensor? branch, Tensor? comp_up, Tensor? bias,"
     ' Tensor? weight_scale, Tensor(a!) out, str activation="none", Tensor? residual=None, Tensor? gate=None) -> ()'
+)
+_library.define(
+    "norm_rotary_into(Tensor x, Tensor cos, Tensor sin, Tensor? weight, float eps, Tensor? first, Tensor? first_weight, float first_eps,"
+    " Tensor(a!) out) -> ()"
 )
 
 
@@ -75,13 +79,29 @@ def sparse_linear_cpu(
     out.copy_(reference.sparse_linear(*product, activation, residual, gate))
 
 
-sparsify_cuda, sparse_linear_cuda = launch.sparsify, launch.sparse_linear
+def norm_rotary_cpu(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    first: Tensor | None,
+    first_weight: Tensor | None,
+    first_eps: float,
+    out: Tensor,
+) -> None:
+    out.copy_(reference_rotary.norm_rotary(x, cos, sin, weight, eps, first, first_weight, first_eps))
+
+
+sparsify_cuda, sparse_linear_cuda, norm_rotary_cuda = launch.sparsify, launch.sparse_linear, launch.norm_rotary
 
 FUNCTIONS = {
     (torch.ops.rtlynx.sparsify_into.default, "cpu"): "sparsify_cpu",
     (torch.ops.rtlynx.sparsify_into.default, "cuda"): "sparsify_cuda",
     (torch.ops.rtlynx.sparse_linear_into.default, "cpu"): "sparse_linear_cpu",
     (torch.ops.rtlynx.sparse_linear_into.default, "cuda"): "sparse_linear_cuda",
+    (torch.ops.rtlynx.norm_rotary_into.default, "cpu"): "norm_rotary_cpu",
+    (torch.ops.rtlynx.norm_rotary_into.default, "cuda"): "norm_rotary_cuda",
 }
 """Op and type of device → what compiled code calls: the name of a function of this module with the op's arguments."""
 
@@ -96,3 +116,6 @@ torch.library.register_fake("rtlynx::sparsify_into", _nothing, lib=_library)
 _library.impl("sparse_linear_into", sparse_linear_cpu, "CPU")
 _library.impl("sparse_linear_into", sparse_linear_cuda, "CUDA")
 torch.library.register_fake("rtlynx::sparse_linear_into", _nothing, lib=_library)
+_library.impl("norm_rotary_into", norm_rotary_cpu, "CPU")
+_library.impl("norm_rotary_into", norm_rotary_cuda, "CUDA")
+torch.library.register_fake("rtlynx::norm_rotary_into", _nothing, lib=_library)

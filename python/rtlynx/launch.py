@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rtlynx import plans
-from rtlynx.checks import readable
+from rtlynx.checks import readable, readable_heads, readable_vector
 from rtlynx.errors import DeviceError, RTLynxError
 from rtlynx.fp8 import kernel_dtype
 from rtlynx.usable import kernel_or_reason
@@ -116,6 +116,58 @@ def row_stats(h: Tensor, stats: Tensor, centered: bool, eps: float) -> None:
         stats.data_ptr(),
         centered,
         eps,
+    )
+
+
+def norm_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    first: Tensor | None,
+    first_weight: Tensor | None,
+    first_eps: float,
+    out: Tensor,
+) -> None:
+    """Enqueue `rtlynx.norm_rotary.norm_rotary` on the current stream of its device, to write ``out``, which is contiguous.
+
+    All others are copied where the kernel cannot read them in place.
+    """
+    samples, tokens, heads, dim = x.shape
+    if out.numel() == 0:
+        return
+    x, strides, x_address = readable_heads(x)
+    first_tokens = first_address = 0
+    first_strides = 0, 0, 0
+    if first is not None and first.shape[1]:
+        first_tokens = first.shape[1]
+        first, first_strides, first_address = readable_heads(first)
+    weight, first_weight = readable_vector(weight), readable_vector(first_weight)
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    device_index = out.get_device()
+    core().norm_rotary(
+        device_index,
+        stream(device_index),
+        kernel_dtype(out.dtype, out.dtype),
+        samples,
+        tokens,
+        first_tokens,
+        heads,
+        dim,
+        strides,
+        first_strides,
+        cos.stride(),
+        x_address,
+        first_address,
+        address(weight),
+        address(first_weight),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        out.data_ptr(),
+        eps,
+        first_eps,
     )
 
 

@@ -10,7 +10,7 @@ from zlib import crc32
 import pytest
 import torch
 
-from rtlynx import fp8
+from rtlynx import fp8, into, launch
 from rtlynx.fusions import norms, rotary
 
 
@@ -85,7 +85,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the functions that save passes between layers ran."""
+    """Which of the functions that save passes between layers ran; of `rtlynx.norm_rotary` the launch, which compiled code calls too."""
     seen: list[str] = []
 
     def watch(module: Any, name: str) -> None:
@@ -97,6 +97,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, watching)
 
+    watch(launch, "norm_rotary")
+    watch(into, "norm_rotary_cuda")
     watch(rotary, "rotated")
     watch(norms, "_modulated")
     watch(torch, "addcmul")

@@ -10,7 +10,7 @@ from diffusers.models import embeddings
 from torch import Tensor, nn
 
 import rtlynx
-from rtlynx import SparseLinear
+from rtlynx import SparseLinear, norm_rotary
 from rtlynx.fusions import fusion, rotary
 from tiny_models import NEIGHBOURS, TINY, output, relative_error
 
@@ -53,10 +53,20 @@ def set_dense(model: nn.Module, dense: bool) -> None:
             layer.dense = dense
 
 
+def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the whole of queries and keys."""
+    monkeypatch.setattr(norm_rotary, "available", lambda device: False)
+
+
 @pytest.mark.parametrize("projections", ["apart", "fused"])
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_results(dtype: torch.dtype, samples: int, projections: str, taken: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("turned_by", ["norm_rotary", "rotated"])
+def test_the_same_results(
+    turned_by: str, dtype: torch.dtype, samples: int, projections: str, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if turned_by == "rotated":
+        no_kernel(monkeypatch)
     model: Any = rtlynx.apply(FLUX.build("cuda", dtype), rtlynx.SparsityConfig(small_m="sparse"))
     inputs = {
         name: value[:samples] if isinstance(value, Tensor) and len(value) == 2 else value
@@ -65,13 +75,14 @@ def test_the_same_results(dtype: torch.dtype, samples: int, projections: str, ta
     if projections == "fused":
         model.fuse_qkv_projections()
     output(model, inputs)
-    assert taken.count("rotated") == 2 * 3 and taken.count("addcmul") == 2  # after attention; products add what follows the other layers
+    assert taken.count(turned_by) == 2 * 3 and taken.count("addcmul") == 2  # after attention; products add what follows the other layers
     assert taken.count("_modulated") == (2 + 2 + 2 if samples == 1 else 0)  # several samples have no such kernel
     set_dense(model, True)  # what is selected may change with a last bit, and everything after it
     taken.clear()
     got = output(model, inputs)
-    assert taken.count("rotated") == 2 * 3 and taken.count("addcmul") == 4  # dense single-stream blocks are diffusers' own
+    assert taken.count(turned_by) == 2 * 3 and taken.count("addcmul") == 4  # dense single-stream blocks are diffusers' own
     taken.clear()
+    no_kernel(monkeypatch)
     monkeypatch.setattr(fusion, "eager", lambda x: False)
     want = output(model, inputs)
     assert not taken
@@ -83,16 +94,17 @@ def test_the_same_results_of_flux2(taken: list[str], monkeypatch: pytest.MonkeyP
     model: Any = rtlynx.apply(tiny.build("cuda", torch.bfloat16), rtlynx.SparsityConfig(small_m="sparse"))
     inputs = tiny.inputs("cuda", torch.bfloat16)
     assert output(model, inputs).isfinite().all()
-    assert len(taken) == 2 * (len(model.transformer_blocks) + len(model.single_transformer_blocks))
+    assert taken == ["norm_rotary"] * 2 * (len(model.transformer_blocks) + len(model.single_transformer_blocks))
     set_dense(model, True)
     taken.clear()
     got = output(model, inputs)
     assert len(taken) == 2 * len(model.transformer_blocks)  # dense single-stream blocks are diffusers' own
+    no_kernel(monkeypatch)
     monkeypatch.setattr(fusion, "eager", lambda x: False)
     assert relative_error(got, output(model, inputs)) < 1e-2
 
 
-def test_compiled_blocks_merge_these_passes_themselves(taken: list[str]) -> None:
+def test_compiled_blocks_merge_the_other_passes_themselves(taken: list[str]) -> None:
     model: Any = rtlynx.apply(FLUX.build("cuda", torch.bfloat16), rtlynx.SparsityConfig(small_m="sparse"))
     inputs = FLUX.inputs("cuda", torch.bfloat16)
     set_dense(model, True)
@@ -101,5 +113,5 @@ def test_compiled_blocks_merge_these_passes_themselves(taken: list[str]) -> None
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True)
     got = output(model, inputs)
-    assert not taken
+    assert taken == ["norm_rotary_cuda"] * 2 * 3
     assert relative_error(got, want) < 1e-2

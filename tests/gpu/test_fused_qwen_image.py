@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb
 from torch import Tensor, nn
 
 import rtlynx
-from rtlynx import SparseLinear
+from rtlynx import SparseLinear, norm_rotary
 from rtlynx.activations import selection_does
 from rtlynx.fusions import fusion, rotary
 from tiny_models import TINY, output, relative_error
@@ -61,12 +61,17 @@ def test_the_same_results(dtype: torch.dtype, samples: int, mask: str, taken: li
     model, inputs = sparse_model(dtype), inputs_of(samples, mask, dtype)
     modulated = 4 * BLOCKS if samples == 1 else 0  # several samples have no such kernel
     assert output(model, inputs).isfinite().all()
+    taken_up = "norm_rotary", "_modulated", "addcmul"
     sums = 0 if selection_does(torch.device("cuda"), "gelu_tanh") else 2 * BLOCKS  # products add the others
-    assert [taken.count(name) for name in ("rotated", "_modulated", "addcmul")] == [2 * BLOCKS, modulated, sums]
+    assert [taken.count(name) for name in taken_up] == [2 * BLOCKS, modulated, sums]
     set_dense(model, True)  # what is selected may change with a last bit, and everything after it
     taken.clear()
     got = output(model, inputs)
-    assert [taken.count(name) for name in ("rotated", "_modulated", "addcmul")] == [2 * BLOCKS, modulated, 4 * BLOCKS]
+    assert [taken.count(name) for name in taken_up] == [2 * BLOCKS, modulated, 4 * BLOCKS]
+    taken.clear()
+    monkeypatch.setattr(norm_rotary, "available", lambda device: False)
+    assert relative_error(got, output(model, inputs)) < 1e-2
+    assert taken.count("rotated") == 2 * BLOCKS and "norm_rotary" not in taken
     taken.clear()
     monkeypatch.setattr(fusion, "eager", lambda x: False)
     want = output(model, inputs)
@@ -78,11 +83,12 @@ def test_the_same_results(dtype: torch.dtype, samples: int, mask: str, taken: li
 def test_the_same_results_with_sparse_layers(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = sparse_model(torch.float16), inputs_of(samples, "none", torch.float16)
     got = output(model, inputs)
+    monkeypatch.setattr(norm_rotary, "available", lambda device: False)
     monkeypatch.setattr(fusion, "eager", lambda x: False)
     assert relative_error(got, output(model, inputs)) < 3e-2  # a rounding may flip a near-tie of a later layer's selection
 
 
-def test_compiled_blocks_merge_these_passes_themselves(taken: list[str]) -> None:
+def test_compiled_blocks_merge_the_other_passes_themselves(taken: list[str]) -> None:
     model, inputs = sparse_model(torch.bfloat16), inputs_of(1, "some", torch.bfloat16)
     set_dense(model, True)
     want = output(model, inputs)
@@ -90,5 +96,5 @@ def test_compiled_blocks_merge_these_passes_themselves(taken: list[str]) -> None
     torch._dynamo.reset()
     model.compile_repeated_blocks(fullgraph=True)
     got = output(model, inputs)
-    assert not taken
+    assert taken == ["norm_rotary_cuda"] * 2 * BLOCKS
     assert relative_error(got, want) < 1e-2

@@ -170,7 +170,7 @@ def test_the_probe_names_a_missing_driver() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
-@pytest.mark.parametrize("command", ["gemm", "peak", "tune", "energy", "profile", "activation", "epilogue", "host"])
+@pytest.mark.parametrize("command", ["gemm", "peak", "tune", "energy", "profile", "activation", "norm-rotary", "epilogue", "host"])
 def test_without_a_gpu_the_command_says_so(command: str) -> None:
     result = CliRunner().invoke(app, ["bench", command])
     assert result.exit_code == 2

@@ -34,6 +34,12 @@ def sparsify(m=100, rank=96, device=1, k=128, activation="none", head_k=0, norm_
 def row_stats(m=100, k=128):
     _core.row_stats(1, 0x5, "float16", m, k, k, A, A, True, 1e-6)
 
+def norm_rotary(tokens=4096, first_tokens=512, dim=128, first=A):
+    strides = (0, 24 * dim, dim)
+    weights, angles = (A, A), (A, A + 4)
+    sizes = (1, tokens, first_tokens, 24, dim)
+    _core.norm_rotary(1, 0x5, "bfloat16", *sizes, strides, strides, (dim, 2), A, first, *weights, *angles, A, 1e-6, 1e-6)
+
 def sparse_linear(m=100, n=264, k=128, rank=0, dtype="float16"):
     branch, comp_up = (3 * A, 4 * A) if rank else (0, 0)
     _core.sparse_linear(0, 0x5, dtype, m, n, k, rank, A, A, 2 * A, 0, A, branch, comp_up, 0, A, "none", 0, 0, 0)
@@ -288,6 +294,19 @@ def test_norms_have_kernels_everywhere(driver: Path, capability: int, family: st
     calls = run(driver, "sparsify(activation='norm', norm_rows=50); row_stats()", capability=capability)
     assert f"{family}_bf16_r64_norm" in calls and "row_stats_f16" in calls
     assert [call for call in calls if call.startswith("launch")][-1].startswith("launch 25x1x1 of 128x1x1, 0 bytes")
+
+
+@needs_device_code
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_heads_are_divided_among_blocks(driver: Path, capability: int) -> None:
+    calls = run(driver, "norm_rotary(); norm_rotary(tokens=0, first_tokens=0)", capability=capability)
+    assert "norm_rotary_bf16_d128" in calls
+    assert [call.split(" of ")[0] for call in calls if call.startswith("launch")] == ["launch 288x3x1"]
+
+
+def test_heads_that_do_not_fit_are_refused(driver: Path) -> None:
+    said = run(driver, "parts(lambda: norm_rotary(dim=260)); parts(lambda: norm_rotary(first=0))")
+    assert said[0].startswith("norm_rotary | dim | 260 | ") and said[1] == "norm_rotary | first | no tensor | a tensor"
 
 
 @needs_device_code

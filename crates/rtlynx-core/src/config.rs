@@ -6,12 +6,14 @@ use crate::dtype::Dtype;
 use crate::prologue::Activation;
 
 mod fused;
+mod norm_rotary;
 mod probe;
 mod row_stats;
 mod sparsify;
 mod spmm;
 
 pub use fused::{FUSED_TILES, FusedKernel, FusedTile};
+pub use norm_rotary::NormRotaryKernel;
 pub use probe::ProbeKernel;
 pub use row_stats::RowStatsKernel;
 pub use sparsify::SparsifyKernel;
@@ -41,6 +43,8 @@ pub enum Kernel {
     Spmm(SpmmKernel),
     /// Mean and deviation of rows.
     RowStats(RowStatsKernel),
+    /// Norm and rotation of heads.
+    NormRotary(NormRotaryKernel),
     /// The whole layer in one.
     Fused(FusedKernel),
     /// A measurement of the tensor cores.
@@ -53,6 +57,7 @@ impl fmt::Display for Kernel {
             Self::Sparsify(kernel) => kernel.fmt(f),
             Self::Spmm(kernel) => kernel.fmt(f),
             Self::RowStats(kernel) => kernel.fmt(f),
+            Self::NormRotary(kernel) => kernel.fmt(f),
             Self::Fused(kernel) => kernel.fmt(f),
             Self::Probe(kernel) => kernel.fmt(f),
         }
@@ -111,6 +116,7 @@ mod tests {
         assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, false), "sparsify_sm90_bf16_r64_silu_gate");
         assert_eq!(sparsify(Family::Sm90, Activation::SiluGate, true), "sparsify_sm90_bf16_r64_silu_gate_gathered");
         assert_eq!(RowStatsKernel { dtype: Dtype::F16 }.to_string(), "row_stats_f16");
+        assert_eq!(NormRotaryKernel { dtype: Dtype::Bf16, dim: 128 }.to_string(), "norm_rotary_bf16_d128");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16, tile: TILES[0], epilogue: false }.to_string(), "spmm_sm90_bf16_256x192x64_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::Bf16E4m3, tile: TILES[0], epilogue: false }.to_string(), "spmm_sm90_bf16e4m3_256x192x128_s5");
         assert_eq!(SpmmKernel { dtype: Dtype::F16, tile: TILES[7], epilogue: false }.to_string(), "spmm_sm80_f16_128x64x64_s4");

@@ -138,7 +138,7 @@ fn no_device_code(symbol: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{FusedKernel, ProbeKernel, RowStatsKernel, SparsifyKernel, SpmmKernel};
+    use crate::config::{FusedKernel, NormRotaryKernel, ProbeKernel, RowStatsKernel, SparsifyKernel, SpmmKernel};
 
     #[test]
     fn what_is_embedded_is_what_is_launched() {
@@ -149,6 +149,7 @@ mod tests {
         let embedded: BTreeSet<&str> = symbols().collect();
         let ops = SparsifyKernel::all().map(Kernel::Sparsify).chain(SpmmKernel::all().map(Kernel::Spmm));
         let ops = ops.chain(FusedKernel::all().map(Kernel::Fused)).chain(RowStatsKernel::all().map(Kernel::RowStats));
+        let ops = ops.chain(NormRotaryKernel::all().map(Kernel::NormRotary));
         let named: BTreeSet<String> = ops.chain(ProbeKernel::all().map(Kernel::Probe)).map(|kernel| kernel.to_string()).collect();
         let named: BTreeSet<&str> = named.iter().map(String::as_str).collect();
         assert_eq!(embedded, named, "left: embedded device code, right: crates/rtlynx-core/src/config");

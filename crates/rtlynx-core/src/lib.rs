@@ -7,6 +7,7 @@
 //! | [`probe`] | for the benches: what the tensor cores give when nothing has to be loaded |
 //! | [`fused`] | the two operations in one kernel: its problem, plan and launch |
 //! | [`row_stats`] | what a norm before the selection needs of its rows: its problem, plan and launch |
+//! | [`norm_rotary`] | norm, concatenation and rotation of heads: its problem, plan and launch |
 //! | [`layer`] | both operations with what stays the same from call to call, and the memory between them |
 //! | [`launch`] | the two operations: validate, plan, load, launch; the only caller of `cuLaunchKernelEx` |
 //! | [`kernels`] | the embedded device code and a lazy cache of loaded functions |
@@ -38,6 +39,7 @@ pub mod fused;
 pub mod kernels;
 pub mod launch;
 pub mod layer;
+pub mod norm_rotary;
 pub mod params;
 pub mod probe;
 pub mod problem;

@@ -119,6 +119,56 @@ pub struct RowStatsParams {
     pub eps: f32,
 }
 
+/// What the `norm_rotary_*` kernels take.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct NormRotaryParams {
+    /// `[samples, tokens, heads, dim]`, strided
+    pub x: Address,
+    /// `[samples, first_tokens, heads, dim]`, strided, or null without tokens
+    pub first: Address,
+    /// `[dim]`, or null: no norm of x
+    pub weight: Address,
+    /// `[dim]`, or null: no norm of first
+    pub first_weight: Address,
+    /// `[first_tokens + tokens, dim / 2]` f32, strided
+    pub cos: Address,
+    /// the same of the sines, with the strides of cos
+    pub sin: Address,
+    /// `[samples, first_tokens + tokens, heads, dim]` out
+    pub out: Address,
+    /// elements between samples of x
+    pub sample_stride: i64,
+    /// elements between tokens of x
+    pub token_stride: i64,
+    /// elements between heads of x
+    pub head_stride: i64,
+    /// elements between samples of first
+    pub first_sample_stride: i64,
+    /// elements between tokens of first
+    pub first_token_stride: i64,
+    /// elements between heads of first
+    pub first_head_stride: i64,
+    /// elements between tokens of cos and sin
+    pub angle_row_stride: i64,
+    /// elements between pairs of channels of cos and sin
+    pub angle_stride: i64,
+    /// samples
+    pub samples: i32,
+    /// tokens of x
+    pub tokens: i32,
+    /// tokens of first
+    pub first_tokens: i32,
+    /// heads of a token
+    pub heads: i32,
+    /// channels of a head
+    pub dim: i32,
+    /// added to the mean of squares of x
+    pub eps: f32,
+    /// added to the mean of squares of first
+    pub first_eps: f32,
+}
+
 /// What the `spmm_sm80_*` kernels take.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -285,8 +335,16 @@ mod tests {
 
     #[test]
     fn structs_are_those_of_the_cuda_header() {
-        let names =
-            ["SparsifyParams", "SparsifySm90Params", "RowStatsParams", "SpmmParams", "SpmmSm90Params", "FusedParams", "ProbeParams"];
+        let names = [
+            "SparsifyParams",
+            "SparsifySm90Params",
+            "RowStatsParams",
+            "NormRotaryParams",
+            "SpmmParams",
+            "SpmmSm90Params",
+            "FusedParams",
+            "ProbeParams",
+        ];
         for name in names {
             let expected: Vec<_> = fields(HEADER, name).into_iter().map(|(kind, field)| (twin(kind), field)).collect();
             assert!(expected.len() > 4, "{name}: {expected:?}");

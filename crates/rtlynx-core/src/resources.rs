@@ -1,6 +1,6 @@
 //! What the tables of kernels say of a launch, threads and shared memory, is what the CUDA sources lay out.
 
-use crate::config::{FUSED_TILES, Family, FusedTile, ProbeKernel, RowStatsKernel, SparsifyKernel, TILES, Tile};
+use crate::config::{FUSED_TILES, Family, FusedTile, NormRotaryKernel, ProbeKernel, RowStatsKernel, SparsifyKernel, TILES, Tile};
 use crate::dtype::Dtype;
 use crate::header::{calls, constants};
 use crate::prologue::Activation;
@@ -110,6 +110,19 @@ fn fused_sm80() {
 fn row_stats() {
     let c = Constants::of([FORMAT, source!("kernels/row_stats.cu")], &[]);
     assert_eq!(RowStatsKernel::WARPS, c.get("kWarps"));
+}
+
+#[test]
+fn norm_rotary() {
+    let source = source!("kernels/norm_rotary.cu");
+    let c = Constants::of([FORMAT, source], &[]);
+    assert_eq!(NormRotaryKernel::THREADS, c.get("kThreads"));
+    assert_eq!(NormRotaryKernel::HEADS, c.get("kHeads"));
+    for kernel in NormRotaryKernel::all() {
+        let lanes = NormRotaryKernel::THREADS / kernel.rows();
+        assert_eq!(kernel.dim, lanes * c.get("kVector"));
+        assert!(source.lines().any(|line| line.contains(&format!("({kernel}, ")) && line.ends_with(&format!(", {lanes})"))), "{kernel}");
+    }
 }
 
 #[test]

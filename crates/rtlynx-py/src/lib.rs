@@ -6,6 +6,7 @@ mod error;
 mod fused;
 mod info;
 mod layer;
+mod norm_rotary;
 mod ops;
 mod probe;
 mod row_stats;
@@ -21,6 +22,8 @@ mod _core {
     use super::info::{least_tokens, plan_sparse_linear, set_plan, use_portable_kernels};
     #[pymodule_export]
     use super::layer::Layer;
+    #[pymodule_export]
+    use super::norm_rotary::run as norm_rotary;
     #[pymodule_export]
     use super::ops::{activations, sparse_linear, sparsify};
     #[pymodule_export]
@@ -55,4 +58,6 @@ mod _core {
     const ALIGNMENT: u64 = rtlynx_core::checks::VECTOR_BYTES;
     #[pymodule_export]
     const COUNTED_ROWS: i64 = rtlynx_core::fused::COUNTED_ROWS;
+    #[pymodule_export]
+    const MAX_HEAD_DIM: i64 = rtlynx_core::norm_rotary::MAX_DIM;
 }

@@ -67,6 +67,31 @@ struct RowStatsParams {
   float eps;         // added to the mean of squares
 };
 
+struct NormRotaryParams {
+  const void* x;                // [samples, tokens, heads, dim], strided, vectors of 8 channels 16-byte aligned
+  const void* first;            // [samples, first_tokens, heads, dim], which come before, strided alike; or null when first_tokens == 0
+  const void* weight;           // [dim] of the norm of x, 16-byte aligned, or null: no norm
+  const void* first_weight;     // [dim] of the norm of first, 16-byte aligned, or null: no norm
+  const float* cos;             // [first_tokens + tokens, dim / 2], strided
+  const float* sin;             // the same of the sines, with the strides of cos
+  void* out;                    // [samples, first_tokens + tokens, heads, dim] out
+  int64_t sample_stride;        // elements between samples of x
+  int64_t token_stride;         // between its tokens
+  int64_t head_stride;          // between its heads
+  int64_t first_sample_stride;  // the same of first
+  int64_t first_token_stride;
+  int64_t first_head_stride;
+  int64_t angle_row_stride;  // elements between tokens of cos and sin
+  int64_t angle_stride;      // between their pairs of channels
+  int32_t samples;           // samples * (first_tokens + tokens) fits into 32 bits
+  int32_t tokens;            // of x
+  int32_t first_tokens;      // of first
+  int32_t heads;             // of a token
+  int32_t dim;               // channels of a head, a multiple of 8, at most the kernel's
+  float eps;                 // of the norm of x: added to the mean of squares
+  float first_eps;           // of the norm of first
+};
+
 struct SpmmParams {
   const void* values;        // [m, k / 2]
   const uint32_t* metadata;  // [ceil(k / 256), 4 ceil(m / 64), 32, 4]

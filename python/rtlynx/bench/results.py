@@ -14,12 +14,13 @@ from rtlynx.bench.calibration import CalibrationTimes
 from rtlynx.bench.energy import Energy
 from rtlynx.bench.epilogue import EpilogueTimes
 from rtlynx.bench.host import HostTime
+from rtlynx.bench.norm_rotary import NormRotaryTimes
 from rtlynx.bench.profile import Utilisation
 from rtlynx.bench.tiles import KernelTime
 from rtlynx.io import atomic_path
 from rtlynx.layer_times import LayerTimes
 
-Row = LayerTimes | Energy | ActivationTimes | EpilogueTimes | CalibrationTimes | Utilisation | HostTime | KernelTime
+Row = LayerTimes | Energy | ActivationTimes | NormRotaryTimes | EpilogueTimes | CalibrationTimes | Utilisation | HostTime | KernelTime
 
 
 def write_csv(path: Path, header: Iterable[str], rows: Iterable[Row], kind: type[Row] = LayerTimes) -> None:

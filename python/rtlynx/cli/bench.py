@@ -11,11 +11,13 @@ import typer
 
 from rtlynx.cli.bench_calibrate import calibrate
 from rtlynx.cli.bench_model import model
+from rtlynx.cli.bench_norm_rotary import norm_rotary
 from rtlynx.cli.gpu import require_gpu
 
 app = typer.Typer(help="Measure the kernels on this machine's GPU.", no_args_is_help=True)
 app.command("model")(model)
 app.command("calibrate")(calibrate)
+app.command("norm-rotary")(norm_rotary)
 
 
 class ShapeSet(str, Enum):

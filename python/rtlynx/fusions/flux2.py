@@ -67,13 +67,13 @@ class Flux2ParallelSelfAttention(transformer_flux2.Flux2ParallelSelfAttention):
             return _attention_forward(self, hidden_states, attention_mask, image_rotary_emb, **kwargs)  # type: ignore[no-any-return]
         query, key, value, x, gate = self.to_qkv_mlp_proj(hidden_states).split([self.inner_dim] * 3 + [self.mlp_hidden_dim] * 2, -1)
         query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, value))
-        query, key = self.norm_q(query), self.norm_k(key)
-        if rotary.rotates(hidden_states, image_rotary_emb, self.head_dim):
-            rotation = rotary.rotation(image_rotary_emb)  # type: ignore[arg-type]
-            query, key = rotary.rotated([query], rotation), rotary.rotated([key], rotation)
-        elif image_rotary_emb is not None:
-            query = transformer_flux2.apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = transformer_flux2.apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        if rotary.rotates(hidden_states, image_rotary_emb, self.head_dim, self.norm_q, self.norm_k):
+            query, key = rotary.normed_and_rotated([([query], [self.norm_q]), ([key], [self.norm_k])], image_rotary_emb)  # type: ignore[arg-type]
+        else:
+            query, key = self.norm_q(query), self.norm_k(key)
+            if image_rotary_emb is not None:
+                query = transformer_flux2.apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+                key = transformer_flux2.apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
         attended = transformer_flux2.dispatch_attention_fn(
             query,
             key,

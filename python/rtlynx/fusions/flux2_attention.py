@@ -8,13 +8,13 @@ from diffusers.models.transformers import transformer_flux2
 from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor
 from torch import Tensor
 
-from rtlynx.fusions import joint_attention, rotary
+from rtlynx.fusions import joint_attention
 
 _forward = transformer_flux2.Flux2Attention.forward  # of the class itself torch.compile would not trace it
 
 
 class Flux2Attention(transformer_flux2.Flux2Attention):
-    """With fewer passes between the projections and attention, eager.
+    """With fewer passes between the projections and attention: one where a kernel does all of it, else eager alone.
 
     Only with the processor that diffusers sets; one with a cache, or a user's, is called as ever.
     """
@@ -34,7 +34,7 @@ class Flux2Attention(transformer_flux2.Flux2Attention):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As diffusers has it."""
         ready = not kwargs and type(self.processor) is Flux2AttnProcessor
-        if not ready or not rotary.rotates(hidden_states, image_rotary_emb, self.head_dim):
+        if not ready or not joint_attention.rotates(self, hidden_states, image_rotary_emb):
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )

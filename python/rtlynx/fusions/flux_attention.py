@@ -8,13 +8,13 @@ from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
-from rtlynx.fusions import joint_attention, rotary
+from rtlynx.fusions import joint_attention
 
 _forward = transformer_flux.FluxAttention.forward  # of the class itself torch.compile would not trace it
 
 
 class FluxAttention(transformer_flux.FluxAttention):
-    """With fewer passes between the projections and attention, eager.
+    """With fewer passes between the projections and attention: one where a kernel does all of it, else eager alone.
 
     Only with the processor that diffusers sets; an IP adapter's, or a user's, is called as ever.
     """
@@ -34,7 +34,7 @@ class FluxAttention(transformer_flux.FluxAttention):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As diffusers has it."""
         ready = not kwargs and type(self.processor) is FluxAttnProcessor
-        if not ready or not rotary.rotates(hidden_states, image_rotary_emb, self.head_dim):
+        if not ready or not joint_attention.rotates(self, hidden_states, image_rotary_emb):
             return _forward(  # type: ignore[no-any-return]
                 self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb, **kwargs
             )

@@ -22,6 +22,21 @@ NAMES = (
 """What diffusers' forward, processor and rotary embedding use: see `known.why_not`."""
 
 
+def norms(attention: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What the queries and the keys go through, those of the text first where it has its own."""
+    queries, keys = [attention.norm_q], [attention.norm_k]
+    if attention.added_kv_proj_dim is not None:
+        queries.insert(0, attention.norm_added_q)
+        keys.insert(0, attention.norm_added_k)
+    return queries, keys
+
+
+def rotates(attention: Any, hidden_states: Tensor, embedding: Any) -> bool:
+    """Whether a call of it may be `attended`: see `rotary.rotates`."""
+    queries, keys = norms(attention)
+    return rotary.rotates(hidden_states, embedding, attention.head_dim, *queries, *keys)
+
+
 def attended(
     attention: nn.Module,
     home: ModuleType,
@@ -30,7 +45,7 @@ def attended(
     attention_mask: Tensor | None,
     embedding: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """What the processor that diffusers sets does before the output projections, with fewer passes; asked `rotary.rotates` before.
+    """What the processor that diffusers sets does before the output projections, with fewer passes; asked `rotates` before.
 
     Args:
         attention: ``FluxAttention`` or ``Flux2Attention``, with H heads of D channels.
@@ -49,14 +64,14 @@ def attended(
         return x.unflatten(-1, (-1, attention.head_dim))  # type: ignore[no-any-return]
 
     query, key, value, *of_text = home._get_qkv_projections(attention, hidden_states, encoder_hidden_states)
-    queries, keys, value = [attention.norm_q(heads(query))], [attention.norm_k(heads(key))], heads(value)  # type: ignore[operator]
+    queries, keys, value = [heads(query)], [heads(key)], heads(value)
     if attention.added_kv_proj_dim is not None:  # the text comes first
-        text_query, text_key, text_value = map(heads, of_text)
-        queries.insert(0, attention.norm_added_q(text_query))  # type: ignore[operator]
-        keys.insert(0, attention.norm_added_k(text_key))  # type: ignore[operator]
+        text_query, text_key, text_value = (heads(each) for each in of_text)
+        queries.insert(0, text_query)
+        keys.insert(0, text_key)
         value = torch.cat([text_value, value], 1)
-    rotation = rotary.rotation(embedding)
-    query, key = rotary.rotated(queries, rotation), rotary.rotated(keys, rotation)
+    query_norms, key_norms = norms(attention)
+    query, key = rotary.normed_and_rotated([(queries, query_norms), (keys, key_norms)], embedding)
     together = home.dispatch_attention_fn(
         query, key, value, attn_mask=attention_mask, backend=processor._attention_backend, parallel_config=processor._parallel_config
     )

@@ -17,7 +17,7 @@ _modulate = transformer_qwenimage.QwenImageTransformerBlock._modulate
 
 
 class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock):
-    """Eager: norms modulated, residuals added, and queries and keys rotated, in fewer passes.
+    """Norms modulated, residuals added, and queries and keys normed and rotated, in fewer passes: compiled these last alone.
 
     Its attention is written out here, and no class of its own, because the ``Attention`` that it is of is that of many other models too.
     Where tokens of one sample have different modulations (``zero_cond_t``) the block is diffusers' own.
@@ -43,8 +43,10 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
         modulate_index: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """As diffusers has it."""
-        ready = norms.one_kernel(hidden_states) and not self.zero_cond_t and modulate_index is None
-        if not ready or len(temb) != len(hidden_states):
+        streams = hidden_states, encoder_hidden_states
+        attends = not joint_attention_kwargs and qwen_image_attention.is_written_here(self.attn, *streams, image_rotary_emb)
+        ready = (attends or norms.one_kernel(hidden_states)) and not self.zero_cond_t and modulate_index is None
+        if not ready or temb.shape[0] != hidden_states.shape[0]:
             return _forward(  # type: ignore[no-any-return]
                 self,
                 hidden_states,
@@ -60,7 +62,7 @@ class QwenImageTransformerBlock(transformer_qwenimage.QwenImageTransformerBlock)
         normed = norms.modulated(hidden_states, self.img_norm1, scale, shift)
         text_normed = norms.modulated(encoder_hidden_states, self.txt_norm1, text_scale, text_shift)
 
-        if not joint_attention_kwargs and qwen_image_attention.is_written_here(self.attn, normed, text_normed, image_rotary_emb):
+        if attends:
             attended, text_attended = qwen_image_attention.attended(
                 self.attn,
                 normed,

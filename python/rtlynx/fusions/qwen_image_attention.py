@@ -30,7 +30,9 @@ NAMES = (
 
 
 def is_written_here(attention: nn.Module, x: Tensor, text: Tensor, embedding: Any) -> bool:
-    """Whether a call of it may be `attended` and `fusion.add_projected`: eager, without gradients, nothing about it changed.
+    """Whether a call of it may be `attended` and `fusion.add_projected`: without gradients, nothing about it changed.
+
+    Eager it is on every GPU, compiled where the rotation is `rotary.in_one_pass`.
 
     Args:
         attention: A block's.
@@ -40,13 +42,22 @@ def is_written_here(attention: nn.Module, x: Tensor, text: Tensor, embedding: An
     """
     if not plain(attention, Attention) or type(attention.processor) is not QwenDoubleStreamAttnProcessor2_0:
         return False
-    if torch.is_grad_enabled() or not fusion.eager(x) or not isinstance(embedding, tuple) or len(embedding) != 2:
+    if torch.is_grad_enabled() or not isinstance(embedding, tuple) or len(embedding) != 2:
         return False
-    pairs = attention.inner_dim // attention.heads // 2  # type: ignore[operator]
+    channels: int = attention.inner_dim // attention.heads  # type: ignore[assignment, operator]
+    queries, keys = _norms(attention)
+    if not fusion.eager(x) and not rotary.in_one_pass(x, channels, *queries, *keys):
+        return False
+    pairs = channels // 2
     return all(
         isinstance(each, Tensor) and (each.shape, each.dtype, each.device) == ((stream.shape[1], pairs), torch.complex64, x.device)
         for each, stream in zip(embedding, (x, text), strict=True)
     )
+
+
+def _norms(attention: Any) -> tuple[list[nn.Module | None], list[nn.Module | None]]:
+    """What the queries and the keys go through, the text's first."""
+    return [attention.norm_added_q, attention.norm_q], [attention.norm_added_k, attention.norm_k]
 
 
 def attended(attention: Any, x: Tensor, text: Tensor, text_mask: Tensor | None, embedding: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -61,17 +72,19 @@ def attended(attention: Any, x: Tensor, text: Tensor, text_mask: Tensor | None, 
         The image's ``(B, s, H · D)`` and the text's ``(B, t, H · D)``.
     """
 
-    def heads(projected: Tensor, norm: nn.Module | None = None) -> Tensor:
-        parted = projected.unflatten(-1, (-1, attention.inner_dim // attention.heads))
-        return parted if norm is None else norm(parted)  # type: ignore[no-any-return]
+    def heads(projected: Tensor) -> Tensor:
+        return projected.unflatten(-1, (-1, attention.inner_dim // attention.heads))  # type: ignore[no-any-return]
 
-    query, key, value = heads(attention.to_q(x), attention.norm_q), heads(attention.to_k(x), attention.norm_k), heads(attention.to_v(x))
-    text_query = heads(attention.add_q_proj(text), attention.norm_added_q)
-    text_key, text_value = heads(attention.add_k_proj(text), attention.norm_added_k), heads(attention.add_v_proj(text))
-    rotation = torch.cat(embedding[::-1])[:, None]  # the text comes first
+    query, key, value = heads(attention.to_q(x)), heads(attention.to_k(x)), heads(attention.to_v(x))
+    text_query, text_key = heads(attention.add_q_proj(text)), heads(attention.add_k_proj(text))
+    text_value = heads(attention.add_v_proj(text))
+    query_norms, key_norms = _norms(attention)
+    # The text comes first.
+    parts = [([text_query, query], query_norms), ([text_key, key], key_norms)]
+    query, key = rotary.normed_and_rotated(parts, torch.cat([torch.view_as_real(each) for each in embedding[::-1]]))
     together = transformer_qwenimage.dispatch_attention_fn(
-        rotary.rotated([text_query, query], rotation),
-        rotary.rotated([text_key, key], rotation),
+        query,
+        key,
         torch.cat([text_value, value], 1),
         attn_mask=None if text_mask is None else _joint_mask(text_mask, x.shape[1]),
         backend=attention.processor._attention_backend,
