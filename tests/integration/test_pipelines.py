@@ -261,7 +261,7 @@ def test_image_to_image_and_inpainting() -> None:
     parts = {key: value for key, value in pipe.components.items() if key not in ("image_encoder", "feature_extractor")}
     image, mask = picture(), torch.zeros(1, 1, 32, 32)
     mask[..., 16:] = 1
-    for kind, arguments in ((FluxImg2ImgPipeline, {}), (FluxInpaintPipeline, {"mask_image": mask})):
+    for kind, arguments, most in ((FluxImg2ImgPipeline, {}, 6.2e-3), (FluxInpaintPipeline, {"mask_image": mask}, 3.4e-3)):
         other = kind(**parts)
         other.set_progress_bar_config(disable=True)
 
@@ -270,7 +270,7 @@ def test_image_to_image_and_inpainting() -> None:
 
         got = draw()
         assert got.shape == (1, 3, 32, 32)
-        assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < 7e-3  # measured, 0.0056 and less
+        assert 1e-3 < relative_error(got, with_dense_layers(other, draw)) < most  # measured, 0.0056 and 0.0030
         assert relative_error(draw(1 - image), got) > 3e-2
         assert all(row.sparse for row in rtlynx.summary(other) if row.name.endswith("attn.to_q"))
 
