@@ -141,7 +141,8 @@ def test_a_single_file_of_the_original_code(family: str, prefix: str, tmp_path: 
     tiny = MODELS[family]
     dense = tiny.build("cpu", torch.float32)
     state = original_layout(family, dense.state_dict(), prefix)
-    assert (sum(key.removeprefix(PREFIX) not in dense.state_dict() for key in state) > 0.1 * len(state)) is (family != "qwen_image")
+    renamed = sum(key.removeprefix(PREFIX) not in dense.state_dict() for key in state) / len(state)
+    assert renamed > (0.1 if family == "ltx" else 0.3) or (family == "qwen_image" and renamed == 0)
     again = from_single_file(dense, state, tmp_path)
     check_loaded(again, dense, tiny.inputs("cpu", torch.float32), tiny.sparse_layers)
     check_compensated(again, dense, tiny.inputs("cpu", torch.float32), tmp_path)
